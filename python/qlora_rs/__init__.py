@@ -1,0 +1,42 @@
+"""QLoRA on one ordinary machine: 4-bit linear layers with LoRA, fast on a plain CPU.
+
+    packed = qlora_rs.quantize(weight)            # NF4 with double quantization
+    y = qlora_rs.linear(x, packed)                # never dequantizes the matrix
+    qlora_rs.quantize_model(model)                # every nn.Linear but lm_head
+    qlora_rs.add_lora(model, r=16, alpha=32)
+    qlora_rs.save_adapter(model, "adapter")       # peft loads it
+"""
+
+from qlora_rs._rust import __version__
+from qlora_rs.adapter_io import load_adapter, save_adapter
+from qlora_rs.errors import QloraError
+from qlora_rs.functional import linear, lora_linear
+from qlora_rs.layers import NF4Linear, QLoRALinear
+from qlora_rs.model import (
+    add_lora,
+    disable_adapter,
+    enable_adapter,
+    quantize_model,
+    remove_lora,
+    trainable_parameters,
+)
+from qlora_rs.quantize import PackedWeight, quantize
+
+__all__ = [
+    "NF4Linear",
+    "PackedWeight",
+    "QLoRALinear",
+    "QloraError",
+    "__version__",
+    "add_lora",
+    "disable_adapter",
+    "enable_adapter",
+    "linear",
+    "load_adapter",
+    "lora_linear",
+    "quantize",
+    "quantize_model",
+    "remove_lora",
+    "save_adapter",
+    "trainable_parameters",
+]

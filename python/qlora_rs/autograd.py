@@ -1,0 +1,106 @@
+"""Backward of the operators.
+
+    linear        y = x Wᵀ + b                          dX = dY W                    db = Σ dY
+    lora_linear   y = x Wᵀ + s (x Aᵀ) Bᵀ + b            dX = dY W + s (dY B) A       db = Σ dY
+                                                        dA = s (dY B)ᵀ x
+                                                        dB = s dYᵀ (x Aᵀ)
+
+(LoRA, arXiv 2106.09685, equation 3, differentiated by hand.) W is frozen and stays packed: what is
+saved for backward is its bytes, which the model holds anyway, and x.
+
+Each class serves twice: as the operators' registered autograd, and as a
+`torch.autograd.Function` for code that builds on it. Gradients accumulate nowhere here; they are
+returned.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qlora_rs import ops  # noqa: F401  (defines the operators)
+
+# Gradients of the eight arguments that describe a packed weight.
+_NO_PACKED_GRADIENTS = (None,) * 8
+
+
+class LinearFunction(torch.autograd.Function):
+    """y = x Wᵀ + b with a packed W; arguments as `torch.ops.qlora_rs.linear`."""
+
+    @staticmethod
+    def forward(x: Tensor, *arguments: Any) -> Tensor:
+        return torch.ops.qlora_rs.linear(x, *arguments)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
+        _, *packed, _bias = inputs
+        ctx.save_for_backward(*packed[:5])
+        ctx.sizes = packed[5:]
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple:
+        grad_x = grad_bias = None
+        if ctx.needs_input_grad[0]:
+            grad_x = torch.ops.qlora_rs.linear_backward(grad, *ctx.saved_tensors, *ctx.sizes)
+        if ctx.needs_input_grad[9]:
+            grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0)
+        return grad_x, *_NO_PACKED_GRADIENTS, grad_bias
+
+
+class LinearBackwardFunction(torch.autograd.Function):
+    """dX = dY W is linear in dY, so its own gradient is the forward product."""
+
+    @staticmethod
+    def forward(grad: Tensor, *packed: Any) -> Tensor:
+        return torch.ops.qlora_rs.linear_backward(grad, *packed)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
+        _, *packed = inputs
+        ctx.save_for_backward(*packed[:5])
+        ctx.sizes = packed[5:]
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple:
+        grad_grad = torch.ops.qlora_rs.linear(grad, *ctx.saved_tensors, *ctx.sizes, None)
+        return grad_grad, *_NO_PACKED_GRADIENTS
+
+
+class LoRALinearFunction(torch.autograd.Function):
+    """y = x Wᵀ + s (x Aᵀ) Bᵀ + b; arguments as `torch.ops.qlora_rs.lora_linear`."""
+
+    @staticmethod
+    def forward(x: Tensor, *arguments: Any) -> Tensor:
+        return torch.ops.qlora_rs.lora_linear(x, *arguments)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
+        x, *packed, lora_a, lora_b, scaling, _bias = inputs
+        ctx.save_for_backward(x, *packed[:5], lora_a, lora_b)
+        ctx.sizes = packed[5:]
+        ctx.scaling = scaling
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple:
+        x, *packed, lora_a, lora_b = ctx.saved_tensors
+        needs_x, needs_a, needs_b = (ctx.needs_input_grad[i] for i in (0, 9, 10))
+        grad_x = grad_a = grad_b = grad_bias = None
+        if needs_x or needs_a or needs_b:
+            grad_x, grad_a, grad_b = torch.ops.qlora_rs.lora_linear_backward(
+                grad, x, *packed, *ctx.sizes, lora_a, lora_b, ctx.scaling
+            )
+        if ctx.needs_input_grad[12]:
+            grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0)
+        return grad_x, *_NO_PACKED_GRADIENTS, grad_a, grad_b, None, grad_bias
+
+
+for _name, _function in (
+    ("linear", LinearFunction),
+    ("linear_backward", LinearBackwardFunction),
+    ("lora_linear", LoRALinearFunction),
+):
+    torch.library.register_autograd(
+        f"qlora_rs::{_name}", _function.backward, setup_context=_function.setup_context
+    )

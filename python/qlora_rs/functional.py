@@ -1,0 +1,51 @@
+"""Products with packed weights, as functions of plain tensors."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from qlora_rs import autograd  # noqa: F401  (attaches the gradients)
+from qlora_rs.quantize import PackedWeight
+
+
+def linear(x: Tensor, packed: PackedWeight, bias: Tensor | None = None) -> Tensor:
+    """y = x Wᵀ + bias with a 4-bit W, as `torch.nn.functional.linear` with a float one.
+
+    x: [..., in], float32, float16, bfloat16 (or float64, slowly, for gradient checks), any strides.
+    bias: [out] in x's dtype. Returns [..., out] in x's dtype. Gradients flow to x and bias.
+    Products are summed in float32 at least; the weight is never held dequantized, only a tile of
+    at most 4 MiB of it.
+    Raises QloraError when dtypes, devices or shapes do not fit.
+
+    >>> packed = quantize(torch.eye(64))
+    >>> x = torch.arange(64.0)
+    >>> bool((linear(x, packed) == x).all())
+    True
+    """
+    return torch.ops.qlora_rs.linear(x, *packed.arguments(), bias)
+
+
+def lora_linear(
+    x: Tensor,
+    packed: PackedWeight,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    scaling: float,
+    bias: Tensor | None = None,
+) -> Tensor:
+    """y = x Wᵀ + scaling (x Aᵀ) Bᵀ + bias (LoRA, arXiv 2106.09685, over a 4-bit W).
+
+    x: [..., in]; lora_a: [r, in]; lora_b: [out, r]; scaling: alpha / r; bias: [out]. A and B may
+    have another float dtype than x: they are rounded to x's for the product, and their gradients
+    come back in their own. Gradients flow to x, lora_a, lora_b and bias.
+    Raises QloraError when dtypes, devices or shapes do not fit.
+
+    >>> packed = quantize(torch.eye(64))
+    >>> x, ones = torch.arange(64.0), torch.ones(1, 64)
+    >>> bool((lora_linear(x, packed, ones, ones.t() * 0, scaling=2.0) == x).all())
+    True
+    """
+    return torch.ops.qlora_rs.lora_linear(
+        x, *packed.arguments(), lora_a, lora_b, float(scaling), bias
+    )

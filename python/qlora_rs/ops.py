@@ -1,0 +1,219 @@
+"""torch operators `torch.ops.qlora_rs.*`: schema, shape rule and CPU kernel of each, in one place.
+
+Autograd is attached in `autograd.py`; the public functions with PackedWeight are in
+`functional.py`. Every operator takes a packed weight as the same eight arguments:
+
+    codes, absmax, nested_absmax?, nested_offset?, nested_map?, out_features, in_features, block_size
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from qlora_rs import cpu
+from qlora_rs.cpu import Packed
+from qlora_rs.errors import QloraError
+
+FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+# float64 is for gradient checks: correct, not fast.
+ACTIVATIONS = (*FLOATS, torch.float64)
+BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
+
+_PACKED = (
+    "Tensor codes, Tensor absmax, Tensor? nested_absmax, Tensor? nested_offset, "
+    "Tensor? nested_map, SymInt out_features, SymInt in_features, int block_size"
+)
+_SCHEMAS = {
+    "quantize": "(Tensor weight, int block_size, bool double_quant) "
+    "-> (Tensor, Tensor, Tensor, Tensor)",
+    "dequantize": f"({_PACKED}, ScalarType dtype) -> Tensor",
+    "linear": f"(Tensor x, {_PACKED}, Tensor? bias) -> Tensor",
+    "linear_backward": f"(Tensor grad, {_PACKED}) -> Tensor",
+    "lora_linear": f"(Tensor x, {_PACKED}, Tensor lora_a, Tensor lora_b, float scaling, "
+    "Tensor? bias) -> Tensor",
+    "lora_linear_backward": f"(Tensor grad, Tensor x, {_PACKED}, Tensor lora_a, Tensor lora_b, "
+    "float scaling) -> (Tensor, Tensor, Tensor)",
+}
+for _name, _schema in _SCHEMAS.items():
+    torch.library.define(f"qlora_rs::{_name}", _schema, tags=(torch.Tag.pt2_compliant_tag,))
+
+
+def check_weight(weight: Tensor, block_size: int) -> None:
+    """Refuse what cannot be quantized."""
+    if block_size not in BLOCK_SIZES:
+        sizes = ", ".join(map(str, BLOCK_SIZES))
+        raise QloraError(f"block_size must be one of {sizes}, got {block_size} (64 is usual)")
+    if weight.dim() != 2:
+        raise QloraError(
+            f"weight must have 2 dimensions [out_features, in_features], got shape "
+            f"{list(weight.shape)}; reshape it first"
+        )
+    if weight.dtype not in FLOATS:
+        raise QloraError(
+            f"weight must be float32, float16 or bfloat16, got {weight.dtype}; convert it with "
+            ".to(torch.float32)"
+        )
+
+
+def check_activations(
+    name: str, x: Tensor, features: int, codes: Tensor, bias: Tensor | None = None
+) -> None:
+    """Refuse activations that do not fit the weight, naming both sides."""
+    if x.dtype not in ACTIVATIONS:
+        raise QloraError(
+            f"{name} must be float32, float16, bfloat16 or float64, got {x.dtype}; convert it first"
+        )
+    if x.dim() == 0 or x.shape[-1] != features:
+        raise QloraError(
+            f"the last dimension of {name} must be {features} to fit the weight, got shape "
+            f"{list(x.shape)}"
+        )
+    if x.device != codes.device:
+        raise QloraError(
+            f"{name} is on {x.device} but the weight is on {codes.device}; move one of them"
+        )
+    if x.device.type not in ("cpu", "meta"):
+        raise QloraError(
+            f"products on device {x.device} are not implemented yet; move the model and its "
+            'inputs to the CPU with .to("cpu")'
+        )
+    if bias is not None and (bias.dtype != x.dtype or bias.device != x.device):
+        raise QloraError(
+            f"bias must have x's dtype and device ({x.dtype}, {x.device}), got {bias.dtype}, "
+            f"{bias.device}"
+        )
+
+
+def check_lora(lora_a: Tensor, lora_b: Tensor, packed: Packed) -> None:
+    """Refuse adapter matrices that do not fit the weight."""
+    rank = lora_a.shape[0] if lora_a.dim() == 2 else -1
+    expected = ((rank, packed.in_features), (packed.out_features, rank))
+    if (tuple(lora_a.shape), tuple(lora_b.shape)) != expected:
+        raise QloraError(
+            f"lora_a must be [r, {packed.in_features}] and lora_b [{packed.out_features}, r] for "
+            f"one r, got {list(lora_a.shape)} and {list(lora_b.shape)}"
+        )
+    for name, matrix in (("lora_a", lora_a), ("lora_b", lora_b)):
+        if matrix.dtype not in ACTIVATIONS:
+            raise QloraError(f"{name} must be a float tensor, got {matrix.dtype}")
+
+
+def _check_bias(bias: Tensor | None, out_features: int) -> None:
+    if bias is not None and tuple(bias.shape) != (out_features,):
+        raise QloraError(f"bias must have shape [{out_features}], got {list(bias.shape)}")
+
+
+def _rows(x: Tensor) -> Tensor:
+    """Any leading shape and strides → contiguous [rows, features]."""
+    return x.reshape(-1, x.shape[-1]).contiguous()
+
+
+@torch.library.register_kernel("qlora_rs::quantize", "cpu")
+def _quantize(weight: Tensor, block_size: int, double_quant: bool) -> tuple[Tensor, ...]:
+    check_weight(weight, block_size)
+    return cpu.quantize(weight.contiguous(), block_size, double_quant)
+
+
+@torch.library.register_fake("qlora_rs::quantize")
+def _quantize_shape(weight: Tensor, block_size: int, double_quant: bool) -> tuple[Tensor, ...]:
+    check_weight(weight, block_size)
+    blocks = -(-weight.numel() // block_size)
+    codes = weight.new_empty(((weight.numel() + 1) // 2, 1), dtype=torch.uint8)
+    absmax = weight.new_empty(blocks, dtype=torch.uint8 if double_quant else torch.float32)
+    nested = weight.new_empty(-(-blocks // 256) if double_quant else 0, dtype=torch.float32)
+    offset = weight.new_empty(() if double_quant else (0,), dtype=torch.float32)
+    return codes, absmax, nested, offset
+
+
+@torch.library.register_kernel("qlora_rs::dequantize", "cpu")
+def _dequantize(*arguments) -> Tensor:
+    packed, (dtype,) = Packed(*arguments[:8]), arguments[8:]
+    _check_output_dtype(dtype)
+    rows, columns = (0, packed.out_features), (0, packed.in_features)
+    return cpu.dequantize_tile(packed, rows, columns, dtype)
+
+
+@torch.library.register_fake("qlora_rs::dequantize")
+def _dequantize_shape(*arguments) -> Tensor:
+    packed, (dtype,) = Packed(*arguments[:8]), arguments[8:]
+    _check_output_dtype(dtype)
+    return packed.codes.new_empty((packed.out_features, packed.in_features), dtype=dtype)
+
+
+def _check_output_dtype(dtype: torch.dtype) -> None:
+    if dtype not in ACTIVATIONS:
+        raise QloraError(
+            f"dtype must be float32, float16, bfloat16 or float64, got {dtype}; NF4 decodes to floats"
+        )
+
+
+@torch.library.register_kernel("qlora_rs::linear", "cpu")
+def _linear(x: Tensor, *arguments) -> Tensor:
+    packed, (bias,) = Packed(*arguments[:8]), arguments[8:]
+    check_activations("x", x, packed.in_features, packed.codes, bias)
+    _check_bias(bias, packed.out_features)
+    bias = None if bias is None else bias.contiguous()
+    return cpu.linear(_rows(x), packed, bias).reshape(*x.shape[:-1], packed.out_features)
+
+
+@torch.library.register_fake("qlora_rs::linear")
+def _linear_shape(x: Tensor, *arguments) -> Tensor:
+    packed, (bias,) = Packed(*arguments[:8]), arguments[8:]
+    check_activations("x", x, packed.in_features, packed.codes, bias)
+    _check_bias(bias, packed.out_features)
+    return x.new_empty((*x.shape[:-1], packed.out_features))
+
+
+@torch.library.register_kernel("qlora_rs::linear_backward", "cpu")
+def _linear_backward(grad: Tensor, *arguments) -> Tensor:
+    packed = Packed(*arguments)
+    check_activations("grad", grad, packed.out_features, packed.codes)
+    grad_x = cpu.linear_backward(_rows(grad), packed)
+    return grad_x.reshape(*grad.shape[:-1], packed.in_features)
+
+
+@torch.library.register_fake("qlora_rs::linear_backward")
+def _linear_backward_shape(grad: Tensor, *arguments) -> Tensor:
+    packed = Packed(*arguments)
+    check_activations("grad", grad, packed.out_features, packed.codes)
+    return grad.new_empty((*grad.shape[:-1], packed.in_features))
+
+
+@torch.library.register_kernel("qlora_rs::lora_linear", "cpu")
+def _lora_linear(x: Tensor, *arguments) -> Tensor:
+    packed, (lora_a, lora_b, scaling, bias) = Packed(*arguments[:8]), arguments[8:]
+    check_activations("x", x, packed.in_features, packed.codes, bias)
+    check_lora(lora_a, lora_b, packed)
+    _check_bias(bias, packed.out_features)
+    bias = None if bias is None else bias.contiguous()
+    y = cpu.lora_linear(_rows(x), packed, lora_a, lora_b, scaling, bias)
+    return y.reshape(*x.shape[:-1], packed.out_features)
+
+
+@torch.library.register_fake("qlora_rs::lora_linear")
+def _lora_linear_shape(x: Tensor, *arguments) -> Tensor:
+    packed, (lora_a, lora_b, _, bias) = Packed(*arguments[:8]), arguments[8:]
+    check_activations("x", x, packed.in_features, packed.codes, bias)
+    check_lora(lora_a, lora_b, packed)
+    _check_bias(bias, packed.out_features)
+    return x.new_empty((*x.shape[:-1], packed.out_features))
+
+
+@torch.library.register_kernel("qlora_rs::lora_linear_backward", "cpu")
+def _lora_linear_backward(grad: Tensor, x: Tensor, *arguments) -> tuple[Tensor, Tensor, Tensor]:
+    packed, (lora_a, lora_b, scaling) = Packed(*arguments[:8]), arguments[8:]
+    check_activations("grad", grad, packed.out_features, packed.codes)
+    grad_x, grad_a, grad_b = cpu.lora_linear_backward(
+        _rows(grad), _rows(x), packed, lora_a, lora_b, scaling
+    )
+    return grad_x.reshape(x.shape), grad_a, grad_b
+
+
+@torch.library.register_fake("qlora_rs::lora_linear_backward")
+def _lora_linear_backward_shape(
+    grad: Tensor, x: Tensor, *arguments
+) -> tuple[Tensor, Tensor, Tensor]:
+    packed, (lora_a, lora_b, _) = Packed(*arguments[:8]), arguments[8:]
+    check_activations("grad", grad, packed.out_features, packed.codes)
+    return x.new_empty(x.shape), lora_a.new_empty(lora_a.shape), lora_b.new_empty(lora_b.shape)

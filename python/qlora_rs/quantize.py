@@ -1,0 +1,238 @@
+"""Float weight → `PackedWeight`, and back: NF4 with optional double quantization.
+
+The bytes are those of bitsandbytes' `nf4` type: `PackedWeight.to_bitsandbytes` and
+`from_bitsandbytes` convert without touching a code. Format: QLoRA, arXiv 2305.14314.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from qlora_rs import _rust
+from qlora_rs.errors import QloraError
+from qlora_rs.ops import BLOCK_SIZES, check_weight
+
+NESTED_BLOCK = 256
+_DTYPE_NAMES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+@functools.cache
+def levels() -> Tensor:
+    """The 16 NF4 levels, float32."""
+    return torch.tensor(_rust.levels(), dtype=torch.float32)
+
+
+@functools.cache
+def dynamic_map() -> Tensor:
+    """The 256 values that a double-quantized absmax can take before scaling, float32."""
+    return torch.tensor(_rust.dynamic_map(), dtype=torch.float32)
+
+
+@dataclass(frozen=True, eq=False)
+class PackedWeight:
+    """A weight matrix in NF4: two codes per byte, one absmax per block.
+
+    codes: uint8 [(out * in + 1) // 2, 1], the first weight of a byte in its high nibble.
+    absmax: float32 [blocks], or uint8 [blocks] when double-quantized; then nested_absmax is
+    float32 [ceil(blocks / 256)], nested_offset float32 [] and nested_map float32 [256].
+    shape: (out_features, in_features). dtype: that of the float weight. block_size: weights per
+    absmax, counted along the flattened matrix.
+
+    Made by `quantize` or `from_bitsandbytes`; never changed afterwards.
+
+    >>> packed = quantize(torch.eye(64))
+    >>> packed.shape, packed.nbytes
+    (torch.Size([64, 64]), 3144)
+    >>> bool((packed.dequantize() == torch.eye(64)).all())
+    True
+    """
+
+    codes: Tensor
+    absmax: Tensor
+    nested_absmax: Tensor | None
+    nested_offset: Tensor | None
+    nested_map: Tensor | None
+    shape: torch.Size
+    dtype: torch.dtype
+    block_size: int
+
+    def __post_init__(self) -> None:
+        if self.block_size not in BLOCK_SIZES:
+            raise QloraError(f"block_size must be one of {BLOCK_SIZES}, got {self.block_size}")
+        count = self.shape.numel()
+        blocks = -(-count // self.block_size)
+        nested = self.nested_absmax is not None
+        expected = [
+            ("codes", self.codes, torch.uint8, (count + 1) // 2),
+            ("absmax", self.absmax, torch.uint8 if nested else torch.float32, blocks),
+        ]
+        if nested:
+            groups = -(-blocks // NESTED_BLOCK)
+            expected += [
+                ("nested_absmax", self.nested_absmax, torch.float32, groups),
+                ("nested_offset", self.nested_offset, torch.float32, 1),
+                ("nested_map", self.nested_map, torch.float32, 256),
+            ]
+        for name, tensor, dtype, length in expected:
+            if tensor is None or tensor.dtype != dtype or tensor.numel() != length:
+                found = "None" if tensor is None else f"{tensor.numel()} of {tensor.dtype}"
+                raise QloraError(
+                    f"{name} of a {list(self.shape)} weight in blocks of {self.block_size} must "
+                    f"hold {length} elements of {dtype}, got {found}"
+                )
+
+    @property
+    def double_quant(self) -> bool:
+        """Whether absmax is itself quantized to 8 bits."""
+        return self.nested_absmax is not None
+
+    @property
+    def device(self) -> torch.device:
+        """Where the tensors are."""
+        return self.codes.device
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors: 4.127 bits per weight with double quantization, 4.5 without,
+        plus 1 KiB for the map."""
+        return sum(t.nbytes for t in self._tensors() if t is not None)
+
+    def _tensors(self) -> tuple[Tensor | None, ...]:
+        nested = (self.nested_absmax, self.nested_offset, self.nested_map)
+        return (self.codes, self.absmax, *nested)
+
+    def arguments(self) -> tuple:
+        """The eight arguments by which `torch.ops.qlora_rs.*` take a packed weight."""
+        return (*self._tensors(), *self.shape, self.block_size)
+
+    def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
+        """The dense matrix [out, in]; allocates all of it.
+
+        dtype: float32, float16, bfloat16 or float64; by default the original weight's. Values are
+        level * absmax in float32, rounded once.
+        """
+        return torch.ops.qlora_rs.dequantize(*self.arguments(), dtype or self.dtype)
+
+    def to(self, device: torch.device | str) -> PackedWeight:
+        """The same bytes on another device."""
+        moved = (None if t is None else t.to(device) for t in self._tensors())
+        names = ("codes", "absmax", "nested_absmax", "nested_offset", "nested_map")
+        return replace(self, **dict(zip(names, moved, strict=True)))
+
+    def to_bitsandbytes(self, prefix: str) -> dict[str, Tensor]:
+        """bitsandbytes' state-dict entries for a weight called `prefix`, e.g. "layer.weight"."""
+        state: dict = {
+            "quant_type": "nf4",
+            "blocksize": self.block_size,
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "shape": list(self.shape),
+        }
+        entries = {
+            prefix: self.codes,
+            f"{prefix}.absmax": self.absmax,
+            f"{prefix}.quant_map": levels().to(self.device),
+        }
+        if self.nested_absmax is not None:
+            assert self.nested_offset is not None
+            assert self.nested_map is not None
+            state |= {
+                "nested_blocksize": NESTED_BLOCK,
+                "nested_dtype": "float32",
+                "nested_offset": self.nested_offset.item() if self.device.type != "meta" else 0.0,
+            }
+            entries[f"{prefix}.nested_absmax"] = self.nested_absmax
+            entries[f"{prefix}.nested_quant_map"] = self.nested_map
+        text = bytearray(json.dumps(state).encode())
+        entries[f"{prefix}.quant_state.bitsandbytes__nf4"] = torch.frombuffer(text, dtype=torch.uint8)
+        return entries
+
+    @staticmethod
+    def from_bitsandbytes(entries: dict[str, Tensor], prefix: str) -> PackedWeight:
+        """Read what `to_bitsandbytes` or bitsandbytes itself wrote for the weight `prefix`.
+
+        Raises QloraError when entries are missing, of another type than NF4, or do not fit.
+        """
+        return _from_bitsandbytes(entries, prefix)
+
+
+def _from_bitsandbytes(entries: dict[str, Tensor], prefix: str) -> PackedWeight:
+    def entry(suffix: str) -> Tensor:
+        try:
+            return entries[prefix + suffix]
+        except KeyError:
+            raise QloraError(
+                f"{prefix + suffix} is missing: {prefix} is not a weight that bitsandbytes saved "
+                "as NF4"
+            ) from None
+
+    if f"{prefix}.quant_state.bitsandbytes__fp4" in entries:
+        raise QloraError(f"{prefix} is FP4; only NF4 is supported, so quantize the float weight")
+    state = _read_state(entry(".quant_state.bitsandbytes__nf4"), prefix)
+    found = entry(".quant_map").to("cpu", torch.float32)
+    if not torch.equal(found, levels()):
+        raise QloraError(f"{prefix}.quant_map is not the NF4 table; its codes cannot be read")
+    codes = entry("")
+    if codes.dtype != torch.uint8:
+        # bnb_4bit_quant_storage: the same bytes seen as another dtype.
+        codes = codes.view(torch.uint8)
+    nested: tuple[Tensor | None, ...] = (None, None, None)
+    if "nested_blocksize" in state:
+        if state["nested_blocksize"] != NESTED_BLOCK:
+            raise QloraError(
+                f"{prefix} has nested blocks of {state['nested_blocksize']}; only {NESTED_BLOCK} "
+                "is supported"
+            )
+        offset = torch.tensor(state["nested_offset"], dtype=torch.float32, device=codes.device)
+        nested = (entry(".nested_absmax"), offset, entry(".nested_quant_map").to(torch.float32))
+    shape = torch.Size(state["shape"])
+    dtype = _DTYPE_NAMES[state["dtype"]]
+    codes = codes.contiguous().reshape(-1, 1)
+    return PackedWeight(codes, entry(".absmax"), *nested, shape, dtype, state["blocksize"])
+
+
+def _read_state(packed: Tensor, prefix: str) -> dict:
+    try:
+        state = json.loads(bytes(packed.cpu().to(torch.uint8).tolist()))
+        shape = state["shape"]
+        valid = (
+            state["dtype"] in _DTYPE_NAMES
+            and state["quant_type"] == "nf4"
+            and len(shape) == 2
+            and all(isinstance(size, int) and size >= 0 for size in shape)
+            and isinstance(state["blocksize"], int)
+            and isinstance(state.get("nested_offset", 0.0), float)
+        )
+    except (ValueError, KeyError, TypeError) as error:
+        raise QloraError(f"the quant_state of {prefix} cannot be read: {error}") from error
+    if not valid:
+        raise QloraError(f"the quant_state of {prefix} does not describe an NF4 matrix: {state}")
+    return state
+
+
+def quantize(weight: Tensor, block_size: int = 64, double_quant: bool = True) -> PackedWeight:
+    """Pack a float matrix into NF4: 4.127 bits per weight, 4.5 without double quantization.
+
+    weight: [out, in], float32, float16 or bfloat16, finite, any strides, on the CPU. It is not
+    modified. block_size: 32 to 4096, a power of two.
+    Raises QloraError for another dtype, shape or block size, and for NaN or infinite weights, with
+    their count and first index. Allocates the output and, while double-quantizing, 4 bytes per
+    block.
+
+    >>> packed = quantize(torch.eye(64), double_quant=False)
+    >>> packed.absmax.tolist() == [1.0] * 64
+    True
+    """
+    if not isinstance(weight, Tensor):
+        raise QloraError(f"weight must be a torch.Tensor, got {type(weight).__name__}")
+    check_weight(weight, block_size)
+    if weight.device.type not in ("cpu", "meta"):
+        raise QloraError(f'weight is on {weight.device}; move it to the CPU first with .to("cpu")')
+    weight = weight.detach()
+    codes, absmax, *nested = torch.ops.qlora_rs.quantize(weight, block_size, double_quant)
+    parts = (nested[0], nested[1], dynamic_map().to(codes.device)) if double_quant else (None,) * 3
+    return PackedWeight(codes, absmax, *parts, weight.shape, weight.dtype, block_size)

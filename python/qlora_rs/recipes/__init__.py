@@ -1,0 +1,18 @@
+"""Recipes: fine-tuning, generation and the demonstration, thin over trl and transformers.
+
+Read in the order a training line travels:
+
+    data.py          JSONL lines -> checked examples
+    encode.py        examples -> token ids and labels (loss on answers only)
+    base_model.py    a model directory or .gguf file -> model and tokenizer
+    settings.py      every option of a run, checked once
+    output_folder.py what a run may write, and where; files are replaced atomically
+    trainer.py       trl's SFTTrainer with our loss and our checkpoints
+    checkpoint.py    a training checkpoint: complete or absent, never unpickled
+    progress.py      one live line, time left, Ctrl-C
+    finetune.py      all of the above in order
+    generate.py      batched greedy answers
+    country_codes.py, scores.py, memory_peer.py, demo.py    the demonstration
+
+Nothing here is imported by ``import qlora_rs``; it needs ``pip install "qlora_rs[train]"``.
+"""

@@ -1,0 +1,173 @@
+"""What a run may write, and where: one output folder, every file old or new and never between.
+
+    OUTPUT/
+        run.json        settings and identity of the run; marks the folder as ours
+        log.jsonl       one line per optimizer step
+        checkpoints/    resumable states (checkpoint.py); removed once the run is complete
+        adapter/        the result, in peft's layout
+        loss.png        the loss curve
+        summary.json    written last: its presence says that the run is complete
+
+Read next: ``checkpoint.py``.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from qlora_rs.errors import QloraError
+
+RUN_FILE, SUMMARY_FILE, LOG_FILE = "run.json", "summary.json", "log.jsonl"
+LOSS_FILE, ADAPTER_FOLDER, CHECKPOINT_FOLDER = "loss.png", "adapter", "checkpoints"
+LOCK_FILE = ".lock"
+OURS = (RUN_FILE, SUMMARY_FILE, LOG_FILE, LOSS_FILE, ADAPTER_FOLDER, CHECKPOINT_FOLDER, LOCK_FILE)
+RUN_FORMAT = "qlora_rs finetune run, version 1"
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replace ``path`` by ``text`` (UTF-8) so that a reader, or a crash, sees the old or the new.
+
+    Order: temporary file in the same directory, fsync, rename, fsync of the directory.
+    """
+    write_bytes(path, text.encode("utf-8"))
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Replace ``path`` by ``content`` atomically; see write_text."""
+    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fchmod(file.fileno(), _ordinary_mode(path))
+            os.fsync(file.fileno())
+        os.replace(name, path)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
+    sync_directory(path.parent)
+
+
+def _ordinary_mode(path: Path) -> int:
+    """Return the mode the replaced file had, or what open() would give; mkstemp makes 0600."""
+    if path.exists():
+        return path.stat().st_mode & 0o777
+    mask = os.umask(0)
+    os.umask(mask)
+    return 0o666 & ~mask
+
+
+def sync_directory(path: Path) -> None:
+    """Make a rename inside ``path`` survive a power cut, where the platform can."""
+    if os.name != "posix":
+        return
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Replace ``path`` by ``value`` as indented JSON, atomically; NaN is refused."""
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object; raise QloraError when it is missing, torn or something else."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise QloraError(f"{path} does not exist") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise QloraError(f"{path} is not readable JSON ({error})") from None
+    if not isinstance(value, dict):
+        raise QloraError(f"{path} holds a JSON {type(value).__name__}, expected an object")
+    return value
+
+
+def refuse_existing(output: Path, overwrite: bool) -> None:
+    """Check that a new run may take ``output``; changes nothing.
+
+    An absent or empty folder is free. A used one needs ``overwrite`` and must have been made by
+    a fine-tuning run, with nothing else in it: this is the only code that deletes user folders.
+    """
+    if output.is_symlink() or (output.exists() and not output.is_dir()):
+        raise QloraError(f"{output} exists and is not a directory; choose another --output")
+    entries = sorted(os.listdir(output)) if output.exists() else []
+    if not [name for name in entries if name != LOCK_FILE]:
+        return
+    if not overwrite:
+        remedy = "--resume to continue it, --overwrite to start again, or another --output"
+        raise QloraError(f"{output} exists and holds {len(entries)} entries; use {remedy}")
+    if not is_run(output):
+        raise QloraError(
+            f"{output} was not made by qlora-rs finetune (no {RUN_FILE} of ours), so --overwrite "
+            "will not delete it; remove it yourself or choose another --output"
+        )
+    foreign = [name for name in entries if name not in OURS and not _is_temporary(name)]
+    if foreign:
+        raise QloraError(
+            f"{output} also holds {', '.join(foreign[:5])}, which a run does not write, so "
+            "--overwrite will not delete it; move that away or choose another --output"
+        )
+
+
+def _is_temporary(name: str) -> bool:
+    """Say whether ``name`` is what a killed write_bytes or checkpoint leaves behind."""
+    return name.startswith(".") and name.endswith(".tmp")
+
+
+def is_run(output: Path) -> bool:
+    """Say whether ``output`` is the folder of a fine-tuning run."""
+    try:
+        return read_json(output / RUN_FILE).get("format") == RUN_FORMAT
+    except QloraError:
+        return False
+
+
+def clear_run(output: Path) -> None:
+    """Delete what an earlier run wrote. Call ``refuse_existing(output, overwrite=True)`` first.
+
+    The run file goes last, so that an interrupted deletion can be repeated.
+    """
+    names = [name for name in os.listdir(output) if name not in (RUN_FILE, LOCK_FILE)]
+    for name in [*names, RUN_FILE]:
+        path = output / name
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+
+
+@contextmanager
+def lock(output: Path) -> Iterator[None]:
+    """Hold ``output`` for this process; a second run on the same folder is refused.
+
+    The kernel drops the lock when the process dies, however it dies, so it never has to be
+    removed by hand. Where fcntl is missing (Windows) there is no lock.
+    """
+    try:
+        import fcntl
+    except ImportError:
+        yield
+        return
+    with (output / LOCK_FILE).open("a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise QloraError(
+                f"another process is writing to {output}; wait for it, stop it, or choose "
+                "another --output"
+            ) from None
+        try:
+            yield
+        finally:
+            Path(file.name).unlink(missing_ok=True)

@@ -1,0 +1,22 @@
+//! NF4 quantization and quantized LoRA compute.
+//!
+//! The modules follow the path of a weight: float weights are quantized to codes and absmax,
+//! the absmax can be quantized again, the result is a [`PackedMatrix`], and products are
+//! computed straight from it. No operation holds a whole dequantized matrix.
+
+pub mod codebook;
+pub mod dequantize;
+pub mod double_quantize;
+pub mod element;
+pub mod error;
+pub mod matmul;
+pub mod packed_matrix;
+pub mod parallel;
+pub mod quantize;
+pub mod simd;
+
+#[cfg(feature = "python")]
+mod python;
+
+pub use error::Error;
+pub use packed_matrix::{PackedMatrix, Scales};

@@ -1,0 +1,24 @@
+//! The private extension module `qlora_rs._rust`: its list of exports, nothing else.
+
+mod arguments;
+mod exceptions;
+mod functions;
+
+use pyo3::prelude::*;
+
+/// Compute core of `qlora_rs`; use the public names of the package instead.
+#[pymodule(name = "_rust", gil_used = false)]
+mod extension {
+    #[pymodule_export]
+    use super::functions::{
+        cpu_path, cpu_paths, dequantize, double_quantize, dynamic_map, levels, linear, quantize,
+    };
+
+    use super::{Bound, PyModule, PyResult, exceptions};
+
+    #[pymodule_init]
+    fn init(module: &Bound<'_, PyModule>) -> PyResult<()> {
+        exceptions::register(module)?;
+        pyo3::prelude::PyModuleMethods::add(module, "__version__", env!("CARGO_PKG_VERSION"))
+    }
+}

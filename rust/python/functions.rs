@@ -1,0 +1,209 @@
+//! Borrow the arguments, let go of the interpreter, call the core.
+
+use super::arguments::{Argument, Scalar};
+use crate::codebook::{DYNAMIC_MAP, LEVELS};
+use crate::element::Element;
+use crate::packed_matrix::{PackedMatrix, Scales};
+use crate::{dequantize as decode, double_quantize as nested, matmul, quantize as encode, simd};
+use half::{bf16, f16};
+use pyo3::prelude::*;
+use pyo3::types::PyCapsule;
+
+type Capsule<'py> = Bound<'py, PyCapsule>;
+
+/// Run a generic body for the element type of an argument.
+macro_rules! for_element {
+    ($argument:expr, $body:ident ( $($rest:expr),* )) => {
+        match $argument.element() {
+            <f32 as Scalar>::ELEMENT => $body::<f32>($($rest),*),
+            <f16 as Scalar>::ELEMENT => $body::<f16>($($rest),*),
+            <bf16 as Scalar>::ELEMENT => $body::<bf16>($($rest),*),
+            _ => Err($argument.wrong_type("float32, float16 or bfloat16")),
+        }
+    };
+}
+
+/// The parts of a packed weight as capsules, in the order of `PackedWeight.tensors()`.
+#[derive(FromPyObject)]
+pub struct Packed<'py>(
+    Capsule<'py>,
+    Capsule<'py>,
+    Option<Capsule<'py>>,
+    Option<Capsule<'py>>,
+    Option<Capsule<'py>>,
+);
+
+struct PackedArguments<'py> {
+    codes: Argument<'py>,
+    absmax: Argument<'py>,
+    nested: Option<[Argument<'py>; 3]>,
+}
+
+impl<'py> PackedArguments<'py> {
+    fn new(packed: &Packed<'py>) -> PyResult<Self> {
+        let nested = match (&packed.2, &packed.3, &packed.4) {
+            (Some(absmax), Some(offset), Some(map)) => Some([
+                Argument::new("nested_absmax", absmax)?,
+                Argument::new("nested_offset", offset)?,
+                Argument::new("nested_map", map)?,
+            ]),
+            _ => None,
+        };
+        let (codes, absmax) = (Argument::new("codes", &packed.0)?, Argument::new("absmax", &packed.1)?);
+        Ok(Self { codes, absmax, nested })
+    }
+
+    fn matrix(&self, shape: (usize, usize), block_size: usize) -> PyResult<PackedMatrix<'_>> {
+        let scales = match &self.nested {
+            None => Scales::Single(self.absmax.slice()?),
+            Some([absmax, offset, map]) => Scales::Nested {
+                codes: self.absmax.slice()?,
+                absmax: absmax.slice()?,
+                offset: *offset.slice()?.first().ok_or_else(|| offset.wrong_type("one float32"))?,
+                map: map.slice()?.try_into().map_err(|_| map.wrong_type("256 float32 values"))?,
+            },
+        };
+        Ok(PackedMatrix::new(self.codes.slice()?, scales, shape.0, shape.1, block_size)?)
+    }
+}
+
+/// The CPU path of this process: `portable`, `avx2` or `avx512`.
+#[pyfunction]
+pub fn cpu_path() -> PyResult<&'static str> {
+    Ok(simd::kernels()?.name)
+}
+
+/// The CPU paths that this machine can run, fastest first.
+#[pyfunction]
+pub fn cpu_paths() -> Vec<&'static str> {
+    simd::available().into_iter().map(|path| path.name).collect()
+}
+
+/// The 16 NF4 levels.
+#[pyfunction]
+pub fn levels() -> [f32; 16] {
+    LEVELS
+}
+
+/// The 256 values of the dynamic map that double quantization uses.
+#[pyfunction]
+pub fn dynamic_map() -> Vec<f32> {
+    DYNAMIC_MAP.to_vec()
+}
+
+/// Float weights → codes and absmax, into the given tensors.
+#[pyfunction]
+pub fn quantize(
+    py: Python<'_>,
+    weight: &Capsule<'_>,
+    block_size: usize,
+    codes: &Capsule<'_>,
+    absmax: &Capsule<'_>,
+    threads: usize,
+) -> PyResult<()> {
+    let weight = Argument::new("weight", weight)?;
+    let (codes, absmax) = (Argument::new("codes", codes)?, Argument::new("absmax", absmax)?);
+    return for_element!(weight, run(py, &weight, block_size, codes, absmax, threads));
+
+    fn run<T: Element + Scalar>(
+        py: Python<'_>,
+        weight: &Argument<'_>,
+        block_size: usize,
+        mut codes: Argument<'_>,
+        mut absmax: Argument<'_>,
+        threads: usize,
+    ) -> PyResult<()> {
+        let kernels = simd::kernels()?;
+        let (weight, codes, absmax) = (weight.slice::<T>()?, codes.slice_mut()?, absmax.slice_mut()?);
+        Ok(py.detach(|| encode::quantize(kernels, weight, block_size, codes, absmax, threads))?)
+    }
+}
+
+/// absmax → 8-bit codes and one f32 per 256, into the given tensors; returns the offset, which is
+/// the mean of absmax unless one is given.
+#[pyfunction]
+#[pyo3(signature = (absmax, codes, nested_absmax, threads, offset=None))]
+pub fn double_quantize(
+    py: Python<'_>,
+    absmax: &Capsule<'_>,
+    codes: &Capsule<'_>,
+    nested_absmax: &Capsule<'_>,
+    threads: usize,
+    offset: Option<f32>,
+) -> PyResult<f32> {
+    let absmax = Argument::new("absmax", absmax)?;
+    let mut codes = Argument::new("codes", codes)?;
+    let mut nested_absmax = Argument::new("nested_absmax", nested_absmax)?;
+    let (absmax, codes, nested_absmax) = (absmax.slice()?, codes.slice_mut()?, nested_absmax.slice_mut()?);
+    Ok(py.detach(|| {
+        let offset = offset.unwrap_or_else(|| nested::mean(absmax));
+        nested::double_quantize(absmax, offset, codes, nested_absmax, threads).map(|()| offset)
+    })?)
+}
+
+/// Decode rows x columns of a packed matrix into `out`.
+#[pyfunction]
+pub fn dequantize(
+    py: Python<'_>,
+    packed: Packed<'_>,
+    shape: (usize, usize),
+    block_size: usize,
+    rows: (usize, usize),
+    columns: (usize, usize),
+    out: &Capsule<'_>,
+    threads: usize,
+) -> PyResult<()> {
+    let packed = PackedArguments::new(&packed)?;
+    let matrix = packed.matrix(shape, block_size)?;
+    let out = Argument::new("out", out)?;
+    return for_element!(out, run(py, &matrix, rows, columns, out, threads));
+
+    fn run<T: Element + Scalar>(
+        py: Python<'_>,
+        matrix: &PackedMatrix<'_>,
+        rows: (usize, usize),
+        columns: (usize, usize),
+        mut out: Argument<'_>,
+        threads: usize,
+    ) -> PyResult<()> {
+        let kernels = simd::kernels()?;
+        let out = out.slice_mut::<T>()?;
+        let (rows, columns) = (rows.0..rows.1, columns.0..columns.1);
+        Ok(py.detach(|| decode::dequantize_tile(kernels, matrix, rows, columns, out, threads))?)
+    }
+}
+
+/// y = x Wᵀ + bias for `tokens` rows of x, into `y`.
+#[pyfunction]
+pub fn linear(
+    py: Python<'_>,
+    x: &Capsule<'_>,
+    tokens: usize,
+    packed: Packed<'_>,
+    shape: (usize, usize),
+    block_size: usize,
+    bias: Option<Capsule<'_>>,
+    y: &Capsule<'_>,
+    threads: usize,
+) -> PyResult<()> {
+    let packed = PackedArguments::new(&packed)?;
+    let matrix = packed.matrix(shape, block_size)?;
+    let (x, y) = (Argument::new("x", x)?, Argument::new("y", y)?);
+    let bias = bias.map(|bias| Argument::new("bias", &bias)).transpose()?;
+    return for_element!(x, run(py, &x, tokens, &matrix, bias.as_ref(), y, threads));
+
+    fn run<T: Element + Scalar>(
+        py: Python<'_>,
+        x: &Argument<'_>,
+        tokens: usize,
+        matrix: &PackedMatrix<'_>,
+        bias: Option<&Argument<'_>>,
+        mut y: Argument<'_>,
+        threads: usize,
+    ) -> PyResult<()> {
+        let kernels = simd::kernels()?;
+        let bias = bias.map(Argument::slice::<T>).transpose()?;
+        let (x, y) = (x.slice::<T>()?, y.slice_mut::<T>()?);
+        Ok(py.detach(|| matmul::linear(kernels, x, tokens, matrix, bias, y, threads))?)
+    }
+}

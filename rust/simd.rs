@@ -1,0 +1,118 @@
+//! The table of inner loops, chosen once for the CPU this process runs on.
+//!
+//! Every path gives the same bytes for codes, absmax and decoded weights. Products may differ in
+//! their last bits between paths (another order of summation), never between thread counts.
+
+#[cfg(target_arch = "x86_64")]
+mod avx2;
+#[cfg(target_arch = "x86_64")]
+mod avx512;
+#[cfg(target_arch = "x86_64")]
+mod avx512_linear;
+pub mod portable;
+
+use crate::error::Error;
+use half::{bf16, f16};
+use std::sync::OnceLock;
+
+/// Prepared activations and decoded scales for a strip of weight rows; see [`Kernels::linear_f32`].
+#[derive(Clone, Copy, Debug)]
+pub struct Strip<'a> {
+    /// Codes of the strip's rows, `columns / 2` bytes each.
+    pub codes: &'a [u8],
+    /// Decoded absmax of the strip's rows, `absmax_stride` values each; what pads a row is zero.
+    pub absmax: &'a [f32],
+    /// `columns / block_size + ABSMAX_PADDING`.
+    pub absmax_stride: usize,
+    /// Weights per row, a multiple of `block_size`.
+    pub columns: usize,
+    /// Weights per absmax.
+    pub block_size: usize,
+    /// Number of activation rows.
+    pub tokens: usize,
+}
+
+/// Kernels read absmax in groups of four, so a row of them is padded by four.
+pub const ABSMAX_PADDING: usize = 4;
+
+/// Prepared rows of activations are padded with zeros to a multiple of this.
+pub const PREPARED_MULTIPLE: usize = 128;
+
+/// `out[row * tokens + token] = sum over k of x[token, k] * weight[row, k]`, in f32.
+pub type Linear<T> = fn(x: &[T], strip: &Strip<'_>, out: &mut [f32]);
+
+/// Inner loops of one CPU path. Whoever holds a table may call everything in it: tables are only
+/// handed out after the instructions they use were found.
+#[derive(Clone, Copy, Debug)]
+pub struct Kernels {
+    /// `portable`, `avx2` or `avx512`.
+    pub name: &'static str,
+    /// f16 → f32, exact; both slices have the same length.
+    pub widen_f16: fn(&[f16], &mut [f32]),
+    /// bf16 → f32, exact; both slices have the same length.
+    pub widen_bf16: fn(&[bf16], &mut [f32]),
+    /// Whole blocks of weights → two codes per byte and one absmax per block. A block that holds a
+    /// NaN or an infinity gets an absmax that is not finite.
+    pub quantize_blocks: fn(weights: &[f32], block_size: usize, codes: &mut [u8], absmax: &mut [f32]),
+    /// Whole blocks of codes → f32.
+    pub dequantize_f32: fn(codes: &[u8], absmax: &[f32], block_size: usize, out: &mut [f32]),
+    /// Whole blocks of codes → f16.
+    pub dequantize_f16: fn(codes: &[u8], absmax: &[f32], block_size: usize, out: &mut [f16]),
+    /// Whole blocks of codes → bf16.
+    pub dequantize_bf16: fn(codes: &[u8], absmax: &[f32], block_size: usize, out: &mut [bf16]),
+    /// Sum of products of two runs of equal length.
+    pub dot: fn(&[f32], &[f32]) -> f32,
+    /// Reorder one row of activations into the order in which `linear_f32` meets the weights; the
+    /// output is padded with zeros to [`PREPARED_MULTIPLE`].
+    pub prepare_f32: fn(&[f32], &mut [f32]),
+    /// Products with rows of packed weights, activations prepared by `prepare_f32`.
+    pub linear_f32: Linear<f32>,
+    /// The same for bf16 activations where the CPU multiplies bf16; needs blocks of 64 or more.
+    pub bf16: Option<Bf16Kernels>,
+}
+
+/// Loops for CPUs with a bf16 dot product.
+#[derive(Clone, Copy, Debug)]
+pub struct Bf16Kernels {
+    /// As [`Kernels::prepare_f32`].
+    pub prepare: fn(&[bf16], &mut [bf16]),
+    /// As [`Kernels::linear_f32`]; weights are rounded to bf16, products summed in f32.
+    pub linear: Linear<bf16>,
+}
+
+/// The paths this CPU can run, fastest first; the last one is always portable.
+#[must_use]
+pub fn available() -> Vec<&'static Kernels> {
+    #[cfg(target_arch = "x86_64")]
+    let detected = [avx512::detect(), avx2::detect()];
+    #[cfg(not(target_arch = "x86_64"))]
+    let detected = [];
+    detected.into_iter().flatten().chain([&portable::KERNELS]).collect()
+}
+
+/// The table for this process: the fastest, or the one that `QLORA_RS_CPU` names.
+///
+/// # Errors
+/// [`Error::CpuPathUnknown`] or [`Error::CpuPathMissing`] when `QLORA_RS_CPU` cannot be honoured.
+pub fn kernels() -> Result<&'static Kernels, Error> {
+    static CHOSEN: OnceLock<Result<&'static Kernels, Error>> = OnceLock::new();
+    CHOSEN.get_or_init(|| choose(std::env::var("QLORA_RS_CPU").ok().as_deref())).clone()
+}
+
+fn choose(requested: Option<&str>) -> Result<&'static Kernels, Error> {
+    let paths = available();
+    match requested {
+        None | Some("") => Ok(paths[0]),
+        Some(name @ ("portable" | "avx2" | "avx512")) => {
+            let found = paths.iter().copied().find(|path| path.name == name);
+            found.ok_or_else(|| Error::CpuPathMissing {
+                requested: name.to_owned(),
+                available: paths.iter().map(|p| p.name).collect::<Vec<_>>().join(", "),
+            })
+        }
+        Some(other) => Err(Error::CpuPathUnknown(other.to_owned())),
+    }
+}
+
+#[cfg(test)]
+mod tests;

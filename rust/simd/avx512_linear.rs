@@ -1,0 +1,255 @@
+//! AVX-512: products of activations with rows of packed weights, decoded in registers.
+//!
+//! One step covers 128 weights of a row, 64 bytes of codes, one vector. Shifting that vector by
+//! 0, 4, 8, ... bits brings one nibble of every lane into the low bits, where the permute that
+//! looks up its level reads them. The weights then come out in another order than they lie in
+//! memory, so the activations are put into that order once, by `prepare_*`:
+//!
+//! ```text
+//! f32:  lane d (32 bits) holds weights 8d .. 8d+7, shift 4j shows weight 8d + (j ^ 1)
+//! bf16: lane d (16 bits) holds weights 4d .. 4d+3, shift 4j shows weight 4d + (j ^ 1)
+//! ```
+//!
+//! (j ^ 1, because the first weight of a byte sits in its high nibble.) A last step of fewer than 128 weights
+//! reads zeros past the row's end; its activations are padded with zeros.
+
+use super::{PREPARED_MULTIPLE, Strip};
+use crate::codebook::LEVELS;
+use half::bf16;
+use std::arch::x86_64::*;
+
+pub(super) fn prepare_f32(row: &[f32], out: &mut [f32]) {
+    prepare::<f32, 8>(row, out);
+}
+
+pub(super) fn prepare_bf16(row: &[bf16], out: &mut [bf16]) {
+    prepare::<bf16, 4>(row, out);
+}
+
+/// Transpose each 128 values from [lane][nibble] to [nibble][lane].
+fn prepare<T: Copy + Default, const NIBBLES: usize>(row: &[T], out: &mut [T]) {
+    let lanes = PREPARED_MULTIPLE / NIBBLES;
+    for (row, out) in row.chunks(PREPARED_MULTIPLE).zip(out.chunks_exact_mut(PREPARED_MULTIPLE)) {
+        if row.len() < PREPARED_MULTIPLE {
+            out.fill(T::default());
+        }
+        for (lane, weights) in row.chunks_exact(NIBBLES).enumerate() {
+            for nibble in 0..NIBBLES {
+                out[nibble * lanes + lane] = weights[nibble ^ 1];
+            }
+        }
+    }
+}
+
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,fma")]
+pub(super) fn dot(a: &[f32], b: &[f32]) -> f32 {
+    let mut sums = [_mm512_setzero_ps(); 4];
+    let (a, a_tail) = a.as_chunks::<64>();
+    let (b, b_tail) = b.as_chunks::<64>();
+    for (a, b) in a.iter().zip(b) {
+        for (i, sum) in sums.iter_mut().enumerate() {
+            // SAFETY: i < 4, so 16 floats from 16 * i lie within both arrays of 64.
+            let (a, b) =
+                unsafe { (_mm512_loadu_ps(a.as_ptr().add(16 * i)), _mm512_loadu_ps(b.as_ptr().add(16 * i))) };
+            *sum = _mm512_fmadd_ps(a, b, *sum);
+        }
+    }
+    let sum = _mm512_add_ps(_mm512_add_ps(sums[0], sums[1]), _mm512_add_ps(sums[2], sums[3]));
+    let tail: f32 = a_tail.iter().zip(b_tail).map(|(a, b)| a * b).sum();
+    _mm512_reduce_add_ps(sum) + tail
+}
+
+/// Which of four neighbouring absmax each 32-bit lane takes, for lanes of 8 weights.
+#[target_feature(enable = "avx512f")]
+fn absmax_lanes(block_size: usize) -> __m512i {
+    match block_size {
+        32 => _mm512_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3),
+        64 => _mm512_setr_epi32(0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1),
+        _ => _mm512_setzero_si512(),
+    }
+}
+
+/// 64 bytes of codes at `offset`, or what is left of the row, then zeros.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512vl")]
+fn load_codes(row: &[u8], offset: usize) -> __m512i {
+    let rest = &row[offset..];
+    if let Some(codes) = rest.first_chunk::<64>() {
+        // SAFETY: the array holds the 64 bytes that are read.
+        unsafe { _mm512_loadu_si512(codes.as_ptr().cast()) }
+    } else {
+        let mask = (1_u64 << rest.len()) - 1;
+        // SAFETY: the mask admits only bytes inside `rest`, which is shorter than 64 here.
+        unsafe { _mm512_maskz_loadu_epi8(mask, rest.as_ptr().cast()) }
+    }
+}
+
+macro_rules! tile_rows_and_tokens {
+    ($tile:ident, $x:expr, $strip:expr, $out:expr) => {{
+        let (x, strip, out) = ($x, $strip, $out);
+        let prepared = strip.columns.next_multiple_of(PREPARED_MULTIPLE);
+        let rows = out.len() / strip.tokens;
+        assert!(x.len() == prepared * strip.tokens && out.len() == rows * strip.tokens);
+        assert!(strip.codes.len() == rows * strip.columns / 2);
+        assert!(strip.absmax.len() == rows * strip.absmax_stride);
+        let mut row = 0;
+        while row < rows {
+            let tall = rows - row >= 4;
+            let mut token = 0;
+            while token < strip.tokens {
+                let x = &x[token * prepared..];
+                let out = &mut out[row * strip.tokens + token..];
+                // Accumulators and decoded weights of a tile must fit in 32 registers.
+                token += match (strip.tokens - token, tall) {
+                    (1, true) => $tile::<4, 1>(x, strip, row, out),
+                    (1, false) => $tile::<1, 1>(x, strip, row, out),
+                    (2..4, true) => $tile::<4, 2>(x, strip, row, out),
+                    (2..4, false) => $tile::<1, 2>(x, strip, row, out),
+                    (_, true) => $tile::<4, 4>(x, strip, row, out),
+                    (_, false) => $tile::<1, 4>(x, strip, row, out),
+                };
+            }
+            row += if tall { 4 } else { 1 };
+        }
+    }};
+}
+
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,fma")]
+pub(super) fn linear_f32(x: &[f32], strip: &Strip<'_>, out: &mut [f32]) {
+    tile_rows_and_tokens!(tile_f32, x, strip, out);
+}
+
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,fma")]
+pub(super) fn linear_bf16(x: &[bf16], strip: &Strip<'_>, out: &mut [f32]) {
+    tile_rows_and_tokens!(tile_bf16, x, strip, out);
+}
+
+/// `R` rows times `M` tokens in f32; returns M.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,fma")]
+fn tile_f32<const R: usize, const M: usize>(
+    x: &[f32],
+    strip: &Strip<'_>,
+    row: usize,
+    out: &mut [f32],
+) -> usize {
+    // SAFETY: the array holds the 16 floats that are read.
+    let levels = unsafe { _mm512_loadu_ps(LEVELS.as_ptr()) };
+    let lanes = absmax_lanes(strip.block_size);
+    let row_bytes = strip.columns / 2;
+    let prepared = strip.columns.next_multiple_of(PREPARED_MULTIPLE);
+    let mut sums = [[_mm512_setzero_ps(); M]; R];
+    for step in 0..prepared / PREPARED_MULTIPLE {
+        let mut codes = [_mm512_setzero_si512(); R];
+        let mut scales = [_mm512_setzero_ps(); R];
+        for r in 0..R {
+            codes[r] = load_codes(&strip.codes[(row + r) * row_bytes..][..row_bytes], step * 64);
+            let first = (row + r) * strip.absmax_stride + step * PREPARED_MULTIPLE / strip.block_size;
+            let absmax = &strip.absmax[first..first + 4];
+            // SAFETY: four floats are read from a slice of four.
+            let absmax = unsafe { _mm_loadu_ps(absmax.as_ptr()) };
+            scales[r] = _mm512_permutexvar_ps(lanes, _mm512_broadcast_f32x4(absmax));
+        }
+        let mut partial = [_mm512_setzero_ps(); R];
+        for nibble in 0..8 {
+            let mut activations = [_mm512_setzero_ps(); M];
+            for m in 0..M {
+                let at = m * prepared + step * PREPARED_MULTIPLE + nibble * 16;
+                let values = &x[at..at + 16];
+                // SAFETY: 16 floats are read from a slice of 16.
+                activations[m] = unsafe { _mm512_loadu_ps(values.as_ptr()) };
+            }
+            for r in 0..R {
+                let weights = _mm512_permutexvar_ps(codes[r], levels);
+                codes[r] = _mm512_srli_epi32::<4>(codes[r]);
+                if M == 1 {
+                    // One activation row: scaling the partial sum is cheaper than scaling the weights.
+                    partial[r] = _mm512_fmadd_ps(weights, activations[0], partial[r]);
+                } else {
+                    let weights = _mm512_mul_ps(weights, scales[r]);
+                    for m in 0..M {
+                        sums[r][m] = _mm512_fmadd_ps(weights, activations[m], sums[r][m]);
+                    }
+                }
+            }
+        }
+        if M == 1 {
+            for r in 0..R {
+                sums[r][0] = _mm512_fmadd_ps(partial[r], scales[r], sums[r][0]);
+            }
+        }
+    }
+    store_sums(&sums, strip.tokens, out)
+}
+
+/// `R` rows times `M` tokens with bf16 products summed in f32; returns M.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,fma")]
+fn tile_bf16<const R: usize, const M: usize>(
+    x: &[bf16],
+    strip: &Strip<'_>,
+    row: usize,
+    out: &mut [f32],
+) -> usize {
+    // SAFETY: the array holds the 16 floats that are read.
+    let levels = unsafe { _mm512_loadu_ps(LEVELS.as_ptr()) };
+    let row_bytes = strip.columns / 2;
+    let prepared = strip.columns.next_multiple_of(PREPARED_MULTIPLE);
+    // Blocks of 64: the upper 16 lanes belong to a second block, whose levels fill the upper half
+    // of the table. Longer blocks: both halves hold the same levels.
+    let second = usize::from(strip.block_size == 64);
+    let half = _mm512_inserti64x4::<1>(_mm512_setzero_si512(), _mm256_set1_epi16(16));
+    let nibble_mask = _mm512_set1_epi16(15);
+    let mut sums = [[_mm512_setzero_ps(); M]; R];
+    for step in 0..prepared / PREPARED_MULTIPLE {
+        let mut codes = [_mm512_setzero_si512(); R];
+        let mut tables = [_mm512_setzero_si512(); R];
+        for r in 0..R {
+            codes[r] = load_codes(&strip.codes[(row + r) * row_bytes..][..row_bytes], step * 64);
+            let first = (row + r) * strip.absmax_stride + step * PREPARED_MULTIPLE / strip.block_size;
+            let low = _mm512_mul_ps(levels, _mm512_set1_ps(strip.absmax[first]));
+            let high = _mm512_mul_ps(levels, _mm512_set1_ps(strip.absmax[first + second]));
+            let table = _mm512_cvtne2ps_pbh(high, low);
+            // SAFETY: both are 512 plain bits.
+            tables[r] = unsafe { std::mem::transmute::<__m512bh, __m512i>(table) };
+        }
+        for nibble in 0..4 {
+            let mut activations = [_mm512_setzero_si512(); M];
+            for m in 0..M {
+                let at = m * prepared + step * PREPARED_MULTIPLE + nibble * 32;
+                let values = &x[at..at + 32];
+                // SAFETY: 32 values of 16 bits are read from a slice of 32.
+                activations[m] = unsafe { _mm512_loadu_si512(values.as_ptr().cast()) };
+            }
+            for r in 0..R {
+                // half | (codes & 15)
+                let index = _mm512_ternarylogic_epi64::<0xF8>(half, codes[r], nibble_mask);
+                codes[r] = _mm512_srli_epi16::<4>(codes[r]);
+                let weights = _mm512_permutexvar_epi16(index, tables[r]);
+                // SAFETY: both are 512 plain bits.
+                let weights = unsafe { std::mem::transmute::<__m512i, __m512bh>(weights) };
+                for m in 0..M {
+                    // SAFETY: both are 512 plain bits.
+                    let values = unsafe { std::mem::transmute::<__m512i, __m512bh>(activations[m]) };
+                    sums[r][m] = _mm512_dpbf16_ps(sums[r][m], weights, values);
+                }
+            }
+        }
+    }
+    store_sums(&sums, strip.tokens, out)
+}
+
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512vl")]
+fn store_sums<const R: usize, const M: usize>(
+    sums: &[[__m512; M]; R],
+    tokens: usize,
+    out: &mut [f32],
+) -> usize {
+    for (r, sums) in sums.iter().enumerate() {
+        for (m, sum) in sums.iter().enumerate() {
+            out[r * tokens + m] = _mm512_reduce_add_ps(*sum);
+        }
+    }
+    M
+}

@@ -1,0 +1,89 @@
+//! Plain Rust: always compiled, always the oracle of the other paths.
+
+use super::{Kernels, PREPARED_MULTIPLE, Strip};
+use crate::codebook::LEVELS;
+use crate::element::Element;
+use crate::quantize::{SMALLEST_ABSMAX, nearest_code};
+
+/// The path that every CPU runs.
+pub static KERNELS: Kernels = Kernels {
+    name: "portable",
+    widen_f16: |values, out| widen(values, out),
+    widen_bf16: |values, out| widen(values, out),
+    quantize_blocks,
+    dequantize_f32: dequantize_blocks,
+    dequantize_f16: dequantize_blocks,
+    dequantize_bf16: dequantize_blocks,
+    dot,
+    prepare_f32: |row, out| {
+        out[..row.len()].copy_from_slice(row);
+        out[row.len()..].fill(0.0);
+    },
+    linear_f32,
+    bf16: None,
+};
+
+fn widen<T: Element>(values: &[T], out: &mut [f32]) {
+    for (value, out) in values.iter().zip(out) {
+        *out = value.to_f32();
+    }
+}
+
+pub(super) fn quantize_blocks(weights: &[f32], block_size: usize, codes: &mut [u8], absmax: &mut [f32]) {
+    let blocks = weights.chunks_exact(block_size).zip(codes.chunks_exact_mut(block_size / 2));
+    for ((block, codes), absmax) in blocks.zip(absmax) {
+        // Magnitudes order like their bit patterns, and NaN and infinity order above all numbers.
+        let largest = block.iter().map(|w| w.to_bits() & 0x7fff_ffff).max().unwrap_or(0);
+        *absmax = f32::from_bits(largest);
+        let inverse = 1.0 / absmax.max(SMALLEST_ABSMAX);
+        for (pair, byte) in block.chunks_exact(2).zip(codes) {
+            *byte = nearest_code(pair[0] * inverse) << 4 | nearest_code(pair[1] * inverse);
+        }
+    }
+}
+
+pub(super) fn dequantize_blocks<T: Element>(codes: &[u8], absmax: &[f32], block_size: usize, out: &mut [T]) {
+    let blocks = codes.chunks_exact(block_size / 2).zip(out.chunks_exact_mut(block_size));
+    for ((codes, out), &absmax) in blocks.zip(absmax) {
+        let levels = LEVELS.map(|level| T::from_f32(level * absmax));
+        for (byte, pair) in codes.iter().zip(out.chunks_exact_mut(2)) {
+            pair[0] = levels[usize::from(byte >> 4)];
+            pair[1] = levels[usize::from(byte & 15)];
+        }
+    }
+}
+
+/// Sixteen partial sums: the compiler keeps them in vector registers, and the rounding error grows
+/// with a sixteenth of the length.
+fn dot(a: &[f32], b: &[f32]) -> f32 {
+    let mut sums = [0.0_f32; 16];
+    let (a, a_tail) = a.as_chunks::<16>();
+    let (b, b_tail) = b.as_chunks::<16>();
+    for (a, b) in a.iter().zip(b) {
+        for ((sum, a), b) in sums.iter_mut().zip(a).zip(b) {
+            *sum += a * b;
+        }
+    }
+    for ((sum, a), b) in sums.iter_mut().zip(a_tail).zip(b_tail) {
+        *sum += a * b;
+    }
+    sums.iter().sum()
+}
+
+fn linear_f32(x: &[f32], strip: &Strip<'_>, out: &mut [f32]) {
+    let prepared = strip.columns.next_multiple_of(PREPARED_MULTIPLE);
+    let mut weights = [0.0_f32; 4096];
+    let rows =
+        strip.codes.chunks_exact(strip.columns / 2).zip(strip.absmax.chunks_exact(strip.absmax_stride));
+    out.fill(0.0);
+    for ((codes, absmax), out) in rows.zip(out.chunks_exact_mut(strip.tokens)) {
+        let parts = codes.chunks(2048).zip(absmax.chunks(4096 / strip.block_size));
+        for (part, (codes, absmax)) in parts.enumerate() {
+            let weights = &mut weights[..codes.len() * 2];
+            dequantize_blocks(codes, absmax, strip.block_size, weights);
+            for (token, out) in out.iter_mut().enumerate() {
+                *out += dot(weights, &x[token * prepared + part * 4096..][..weights.len()]);
+            }
+        }
+    }
+}

@@ -1,0 +1,154 @@
+//! Every path against the portable one, on lengths and values chosen to hurt.
+
+use super::{ABSMAX_PADDING, Kernels, PREPARED_MULTIPLE, Strip, available, choose, portable};
+use crate::codebook::BOUNDARIES;
+use half::{bf16, f16};
+use proptest::prelude::*;
+
+fn others() -> impl Iterator<Item = &'static Kernels> {
+    available().into_iter().filter(|path| path.name != "portable")
+}
+
+/// Any bit pattern, with boundaries of the format and their neighbours made likely.
+fn weight() -> impl Strategy<Value = f32> {
+    prop_oneof![
+        4 => any::<u32>().prop_map(f32::from_bits),
+        4 => -1.0_f32..1.0,
+        1 => (0..15_usize, -1..=1_i32).prop_map(|(i, ulp)| {
+            f32::from_bits((BOUNDARIES[i].to_bits() as i32 + ulp) as u32)
+        }),
+        1 => prop_oneof![Just(0.0), Just(-0.0), Just(f32::MIN_POSITIVE), Just(1e-45), Just(f32::MAX)],
+    ]
+}
+
+fn finite_blocks() -> impl Strategy<Value = (usize, Vec<f32>)> {
+    (prop_oneof![Just(32_usize), Just(64), Just(128), Just(512)], 1..5_usize).prop_flat_map(
+        |(size, blocks)| {
+            let finite = weight().prop_map(|w| if w.is_finite() { w } else { 1.0 });
+            (Just(size), proptest::collection::vec(finite, size * blocks))
+        },
+    )
+}
+
+proptest! {
+    #[test]
+    fn every_path_packs_and_decodes_the_same_bytes((block_size, weights) in finite_blocks()) {
+        let blocks = weights.len() / block_size;
+        let pack = |path: &Kernels| {
+            let (mut codes, mut absmax) = (vec![0; weights.len() / 2], vec![0.0; blocks]);
+            (path.quantize_blocks)(&weights, block_size, &mut codes, &mut absmax);
+            let mut wide = vec![0.0_f32; weights.len()];
+            (path.dequantize_f32)(&codes, &absmax, block_size, &mut wide);
+            let mut half = vec![f16::ZERO; weights.len()];
+            (path.dequantize_f16)(&codes, &absmax, block_size, &mut half);
+            let mut brain = vec![bf16::ZERO; weights.len()];
+            (path.dequantize_bf16)(&codes, &absmax, block_size, &mut brain);
+            let bits: (Vec<_>, Vec<_>, Vec<_>) = (
+                wide.iter().map(|v| v.to_bits()).collect(),
+                half.iter().map(|v| v.to_bits()).collect(),
+                brain.iter().map(|v| v.to_bits()).collect(),
+            );
+            (codes, absmax.iter().map(|a| a.to_bits()).collect::<Vec<_>>(), bits)
+        };
+        let expected = pack(&portable::KERNELS);
+        for path in others() {
+            prop_assert!(pack(path) == expected, "{} differs from portable", path.name);
+        }
+    }
+
+    #[test]
+    fn a_block_with_a_bad_weight_gets_an_absmax_that_is_not_finite(
+        at in 0..64_usize, bad in prop_oneof![Just(f32::NAN), Just(-f32::NAN), Just(f32::INFINITY), Just(f32::NEG_INFINITY)],
+    ) {
+        let mut weights = [0.5_f32; 64];
+        weights[at] = bad;
+        for path in available() {
+            let (mut codes, mut absmax) = ([0; 32], [0.0]);
+            (path.quantize_blocks)(&weights, 64, &mut codes, &mut absmax);
+            prop_assert!(!absmax[0].is_finite(), "{} missed {bad} at {at}", path.name);
+        }
+    }
+
+    #[test]
+    fn widening_is_exact_on_every_path(bits in proptest::collection::vec(any::<u16>(), 0..70)) {
+        let half: Vec<f16> = bits.iter().map(|&b| f16::from_bits(b)).collect();
+        let brain: Vec<bf16> = bits.iter().map(|&b| bf16::from_bits(b)).collect();
+        for path in available() {
+            let mut wide = vec![0.0; bits.len()];
+            (path.widen_f16)(&half, &mut wide);
+            prop_assert!(half.iter().zip(&wide).all(|(h, w)| h.to_f32() == *w || (h.is_nan() && w.is_nan())));
+            (path.widen_bf16)(&brain, &mut wide);
+            prop_assert!(brain.iter().zip(&wide).all(|(h, w)| h.to_f32() == *w || (h.is_nan() && w.is_nan())));
+        }
+    }
+
+    #[test]
+    fn products_agree_with_f64_on_every_path(
+        seed in any::<u64>(), rows in 1..10_usize, tokens in 1..12_usize, blocks in 1..6_usize,
+        block_size in prop_oneof![Just(32_usize), Just(64), Just(128), Just(4096)],
+    ) {
+        let mut state = seed | 1;
+        let mut next = || {
+            state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+            (state >> 40) as f32 / 8_388_608.0 - 1.0
+        };
+        let columns = blocks * block_size;
+        let codes: Vec<u8> = (0..rows * columns / 2).map(|_| ((next() + 1.0) * 127.9) as u8).collect();
+        let absmax: Vec<f32> = (0..rows * blocks).map(|_| next().abs()).collect();
+        let x: Vec<f32> = (0..tokens * columns).map(|_| bf16::from_f32(next()).to_f32()).collect();
+        let mut weights = vec![0.0_f32; rows * columns];
+        portable::dequantize_blocks(&codes, &absmax, block_size, &mut weights);
+        let stride = blocks + ABSMAX_PADDING;
+        let mut padded = vec![0.0; rows * stride];
+        for (padded, absmax) in padded.chunks_mut(stride).zip(absmax.chunks(blocks)) {
+            padded[..blocks].copy_from_slice(absmax);
+        }
+        let strip = Strip { codes: &codes, absmax: &padded, absmax_stride: stride, columns, block_size, tokens };
+        let width = columns.next_multiple_of(PREPARED_MULTIPLE);
+        let check = |name: &str, out: &[f32], tolerance: f64| {
+            for (i, got) in out.iter().enumerate() {
+                let (row, token) = (i / tokens, i % tokens);
+                let terms = weights[row * columns..][..columns].iter().zip(&x[token * columns..]);
+                let (exact, size) = terms.fold((0.0, 0.0), |(sum, size), (w, x)| {
+                    let term = f64::from(*w) * f64::from(*x);
+                    (sum + term, size + term.abs())
+                });
+                prop_assert!((f64::from(*got) - exact).abs() <= tolerance * size, "{name}: {got} for {exact}");
+            }
+            Ok(())
+        };
+        for path in available() {
+            let mut out = vec![f32::NAN; rows * tokens];
+            let mut prepared = vec![f32::NAN; tokens * width];
+            for (row, out) in x.chunks(columns).zip(prepared.chunks_mut(width)) {
+                (path.prepare_f32)(row, out);
+            }
+            (path.linear_f32)(&prepared, &strip, &mut out);
+            check(path.name, &out, 1e-6)?;
+            if let Some(path) = path.bf16.filter(|_| block_size >= 64) {
+                let mut prepared = vec![bf16::NAN; tokens * width];
+                let brain: Vec<bf16> = x.iter().map(|&v| bf16::from_f32(v)).collect();
+                for (row, out) in brain.chunks(columns).zip(prepared.chunks_mut(width)) {
+                    (path.prepare)(row, out);
+                }
+                (path.linear)(&prepared, &strip, &mut out);
+                // Each weight is rounded to bf16 once: half a unit in the eighth bit.
+                check("bf16", &out, 2.0_f64.powi(-9) + 1e-6)?;
+            }
+        }
+    }
+}
+
+#[test]
+fn a_path_is_forced_by_name_and_refused_by_sentence() {
+    assert_eq!(choose(Some("portable")).expect("always there").name, "portable");
+    assert_eq!(choose(None), choose(Some("")));
+    let refused = choose(Some("sse9")).expect_err("no such path").to_string();
+    assert!(refused.contains("sse9") && refused.contains("portable, avx2 or avx512"));
+}
+
+impl PartialEq for Kernels {
+    fn eq(&self, other: &Self) -> bool {
+        self.name == other.name
+    }
+}
