@@ -6,6 +6,7 @@
 use crate::codebook::LEVELS;
 use crate::element::Element;
 use crate::error::Error;
+use crate::memory;
 use crate::packed_matrix::PackedMatrix;
 use crate::parallel;
 use crate::quantize::check_length;
@@ -39,6 +40,7 @@ pub fn dequantize_tile<T: Element>(
     if out.is_empty() {
         return Ok(());
     }
+    memory::advise_huge_pages(out);
     if columns.len() == matrix.columns() {
         // Whole rows are one run of weights: cut it by size, so that a few long rows balance too.
         let first = rows.start * matrix.columns();
@@ -70,17 +72,17 @@ pub(crate) fn dequantize_run<T: Element>(
     let end = first + out.len();
     let whole = first.next_multiple_of(block_size).min(end)..(end / block_size * block_size).max(first);
     if whole.start >= whole.end {
-        return dequantize_slowly(matrix, first, out);
+        return dequantize_slowly(kernels, matrix, first, out);
     }
     let (head, rest) = out.split_at_mut(whole.start - first);
     let (middle, tail) = rest.split_at_mut(whole.len());
-    dequantize_slowly(matrix, first, head);
-    dequantize_slowly(matrix, whole.end, tail);
+    dequantize_slowly(kernels, matrix, first, head);
+    dequantize_slowly(kernels, matrix, whole.end, tail);
     let mut absmax = [0.0_f32; ABSMAX_STRIP];
     let mut block = whole.start / block_size;
     for out in middle.chunks_mut(ABSMAX_STRIP * block_size) {
         let absmax = &mut absmax[..out.len() / block_size];
-        matrix.decode_absmax(block, absmax);
+        matrix.decode_absmax(kernels, block, absmax);
         let codes = &matrix.codes()[block * block_size / 2..][..out.len() / 2];
         T::dequantize_blocks(kernels, codes, absmax, block_size, out);
         block += absmax.len();
@@ -88,13 +90,13 @@ pub(crate) fn dequantize_run<T: Element>(
 }
 
 /// Parts of blocks at the ends of a run, one weight at a time.
-fn dequantize_slowly<T: Element>(matrix: &PackedMatrix<'_>, first: usize, out: &mut [T]) {
+fn dequantize_slowly<T: Element>(kernels: &Kernels, matrix: &PackedMatrix<'_>, first: usize, out: &mut [T]) {
     let mut absmax = [0.0];
     let mut decoded = usize::MAX;
     for (i, value) in (first..).zip(out) {
         if i / matrix.block_size() != decoded {
             decoded = i / matrix.block_size();
-            matrix.decode_absmax(decoded, &mut absmax);
+            matrix.decode_absmax(kernels, decoded, &mut absmax);
         }
         let byte = matrix.codes()[i / 2];
         let code = if i % 2 == 0 { byte >> 4 } else { byte & 15 };

@@ -10,6 +10,7 @@ pub mod double_quantize;
 pub mod element;
 pub mod error;
 pub mod matmul;
+pub mod memory;
 pub mod packed_matrix;
 pub mod parallel;
 pub mod quantize;

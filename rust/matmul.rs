@@ -119,7 +119,7 @@ fn strip_fused(
     let absmax_stride = blocks + ABSMAX_PADDING;
     let mut absmax = vec![0.0; height * absmax_stride];
     for (i, absmax) in absmax.chunks_exact_mut(absmax_stride).enumerate() {
-        matrix.decode_absmax((first + i) * blocks, &mut absmax[..blocks]);
+        matrix.decode_absmax(kernels, (first + i) * blocks, &mut absmax[..blocks]);
     }
     let codes = &matrix.codes()[first * columns / 2..(first + height) * columns / 2];
     let block_size = matrix.block_size();

@@ -6,6 +6,7 @@
 
 use crate::codebook::NESTED_BLOCK;
 use crate::error::Error;
+use crate::simd::Kernels;
 
 /// The largest magnitude of each block, as floats or quantized a second time.
 #[derive(Clone, Copy, Debug)]
@@ -117,13 +118,18 @@ impl<'a> PackedMatrix<'a> {
     }
 
     /// Write the absmax of blocks `first..first + out.len()`, decoding the second level if there is one.
-    pub fn decode_absmax(&self, first: usize, out: &mut [f32]) {
+    pub fn decode_absmax(&self, kernels: &Kernels, first: usize, mut out: &mut [f32]) {
         match self.scales {
             Scales::Single(absmax) => out.copy_from_slice(&absmax[first..first + out.len()]),
             Scales::Nested { codes, absmax, offset, map } => {
-                let codes = &codes[first..first + out.len()];
-                for (i, (value, &code)) in out.iter_mut().zip(codes).enumerate() {
-                    *value = map[usize::from(code)] * absmax[(first + i) / NESTED_BLOCK] + offset;
+                let mut block = first;
+                while !out.is_empty() {
+                    let group = block / NESTED_BLOCK;
+                    let length = ((group + 1) * NESTED_BLOCK - block).min(out.len());
+                    let (head, rest) = out.split_at_mut(length);
+                    (kernels.decode_absmax)(&codes[block..block + length], absmax[group], offset, map, head);
+                    block += length;
+                    out = rest;
                 }
             }
         }

@@ -1,15 +1,128 @@
 //! The only file that uses threads.
 //!
-//! The pool belongs to one process: a forked child has none of its parent's threads, so it leaks
-//! the parent's pool (dropping it would join threads that do not exist) and builds its own.
+//! Inside a torch process there is a team of OpenMP threads already, which spins for a while after
+//! every torch operator: a second pool would fight it for the same cores (three times slower on
+//! two cores, measured). So the work goes to that team where the process has one, found by its
+//! entry point `GOMP_parallel`, and to a pool of our own where it has none.
+//!
+//! OpenMP does not survive a fork, and a pool's threads do not either: a forked child builds a
+//! fresh pool of its own (it leaks its parent's, since dropping that would join threads that do
+//! not exist).
+//!
 //! Work is cut into chunks whose boundaries depend on the data alone, so results do not depend on
 //! the number of threads. Nothing starts before the first parallel call.
 
 use rayon::{ThreadPool, ThreadPoolBuilder};
+use std::any::Any;
+use std::ffi::{c_uint, c_void};
 use std::marker::PhantomData;
 use std::ops::Range;
+use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::sync::atomic::{AtomicPtr, Ordering};
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Mutex, OnceLock, PoisonError};
+
+/// Run `work` on every item, on the calling thread and up to `threads - 1` others.
+///
+/// Items are handed out in order; which thread takes which is unspecified. A panic in `work` reaches
+/// the caller after all threads have stopped, and later calls work as before.
+pub fn for_each<I>(items: I, threads: usize, work: impl Fn(I::Item) + Sync)
+where
+    I: IntoIterator,
+    I::IntoIter: ExactSizeIterator + Send,
+    I::Item: Send,
+{
+    let items = items.into_iter();
+    let threads = threads.min(items.len());
+    if threads <= 1 {
+        items.for_each(work);
+        return;
+    }
+    let queue = Mutex::new(items);
+    let take = || queue.lock().unwrap_or_else(PoisonError::into_inner).next();
+    let drain = || {
+        while let Some(item) = take() {
+            work(item);
+        }
+    };
+    if let Some(team) = OpenMp::of_this_process() {
+        team.run(threads, &drain);
+    } else if let Some(pool) = pool(threads - 1) {
+        pool.in_place_scope(|scope| {
+            for _ in 1..threads {
+                scope.spawn(|_| drain());
+            }
+            drain();
+        });
+    } else {
+        drain();
+    }
+}
+
+/// Run a function on every thread of a team, the caller among them (GNU OpenMP's ABI, which LLVM's
+/// and Intel's runtimes provide too).
+type GompParallel = unsafe extern "C" fn(
+    function: extern "C" fn(*mut c_void),
+    data: *mut c_void,
+    threads: c_uint,
+    flags: c_uint,
+);
+
+/// The process's OpenMP runtime.
+#[derive(Clone, Copy)]
+struct OpenMp {
+    process: u32,
+    parallel: GompParallel,
+}
+
+/// What the team's threads share for the length of one call.
+struct Job<'a> {
+    work: &'a (dyn Fn() + Sync),
+    panic: Mutex<Option<Box<dyn Any + Send>>>,
+}
+
+impl OpenMp {
+    /// The runtime that some library of this process loaded, unless the process is a forked child.
+    fn of_this_process() -> Option<Self> {
+        static FOUND: OnceLock<Option<OpenMp>> = OnceLock::new();
+        let found = FOUND.get_or_init(|| {
+            find_gomp_parallel().map(|parallel| Self { process: std::process::id(), parallel })
+        });
+        found.filter(|team| team.process == std::process::id())
+    }
+
+    fn run(self, threads: usize, work: &(dyn Fn() + Sync)) {
+        extern "C" fn enter(data: *mut c_void) {
+            // SAFETY: `data` is the job below, which outlives the parallel region.
+            let job = unsafe { &*data.cast::<Job<'_>>() };
+            // Unwinding into OpenMP would be undefined: carry the panic home instead.
+            if let Err(panic) = catch_unwind(AssertUnwindSafe(job.work)) {
+                job.panic.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert(panic);
+            }
+        }
+        let job = Job { work, panic: Mutex::new(None) };
+        let data = std::ptr::from_ref(&job).cast_mut().cast();
+        // SAFETY: the runtime calls `enter` with `data` on each thread and returns after all are
+        // done, so `job` is alive throughout; it is shared read-only but for its mutex.
+        unsafe { (self.parallel)(enter, data, threads as c_uint, 0) };
+        if let Some(panic) = job.panic.into_inner().unwrap_or_else(PoisonError::into_inner) {
+            resume_unwind(panic);
+        }
+    }
+}
+
+#[cfg(unix)]
+fn find_gomp_parallel() -> Option<GompParallel> {
+    // SAFETY: a lookup by a NUL-terminated name; it only reads the loader's tables.
+    let symbol = unsafe { libc::dlsym(libc::RTLD_DEFAULT, c"GOMP_parallel".as_ptr()) };
+    // SAFETY: null becomes None; otherwise this name has this signature in every runtime that
+    // exports it, since compiled OpenMP programs call it so.
+    unsafe { std::mem::transmute::<*mut c_void, Option<GompParallel>>(symbol) }
+}
+
+#[cfg(not(unix))]
+fn find_gomp_parallel() -> Option<GompParallel> {
+    None
+}
 
 struct ProcessPool {
     process: u32,
@@ -20,37 +133,6 @@ struct ProcessPool {
 /// Null, or a leaked [`ProcessPool`]. Not a lock: a fork while another thread held it would leave
 /// the child waiting for ever.
 static POOL: AtomicPtr<ProcessPool> = AtomicPtr::new(std::ptr::null_mut());
-
-/// Run `work` on every item, on the calling thread and up to `threads - 1` others.
-///
-/// Items are handed out in order; which thread takes which is unspecified. A panic in `work` reaches
-/// the caller after all threads have stopped, and the pool stays usable.
-pub fn for_each<I>(items: I, threads: usize, work: impl Fn(I::Item) + Sync)
-where
-    I: IntoIterator,
-    I::IntoIter: ExactSizeIterator + Send,
-    I::Item: Send,
-{
-    let items = items.into_iter();
-    let workers = threads.min(items.len()).saturating_sub(1);
-    let Some(pool) = (workers > 0).then(|| pool(threads - 1)).flatten() else {
-        items.for_each(work);
-        return;
-    };
-    let queue = Mutex::new(items);
-    let take = || queue.lock().unwrap_or_else(PoisonError::into_inner).next();
-    let drain = || {
-        while let Some(item) = take() {
-            work(item);
-        }
-    };
-    pool.in_place_scope(|scope| {
-        for _ in 0..workers {
-            scope.spawn(|_| drain());
-        }
-        drain();
-    });
-}
 
 /// This process's pool with at least `workers` threads; `None` where the system refuses threads.
 fn pool(workers: usize) -> Option<&'static ThreadPool> {

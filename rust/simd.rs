@@ -60,6 +60,8 @@ pub struct Kernels {
     pub dequantize_f16: fn(codes: &[u8], absmax: &[f32], block_size: usize, out: &mut [f16]),
     /// Whole blocks of codes → bf16.
     pub dequantize_bf16: fn(codes: &[u8], absmax: &[f32], block_size: usize, out: &mut [bf16]),
+    /// `out[i] = map[codes[i]] * absmax + offset`: the second level of double quantization.
+    pub decode_absmax: fn(codes: &[u8], absmax: f32, offset: f32, map: &[f32; 256], out: &mut [f32]),
     /// Sum of products of two runs of equal length.
     pub dot: fn(&[f32], &[f32]) -> f32,
     /// Reorder one row of activations into the order in which `linear_f32` meets the weights; the

@@ -29,6 +29,7 @@ static KERNELS: Kernels = Kernels {
     dequantize_bf16: |codes, absmax, block_size, out| unsafe {
         dequantize_bf16(codes, absmax, block_size, out)
     },
+    decode_absmax: portable::decode_absmax,
     // SAFETY: as above.
     dot: |a, b| unsafe { dot(a, b) },
     prepare_f32: portable::KERNELS.prepare_f32,

@@ -30,6 +30,10 @@ static KERNELS: Kernels = Kernels {
         dequantize_bf16(codes, absmax, block_size, out)
     },
     // SAFETY: as above.
+    decode_absmax: |codes, absmax, offset, map, out| unsafe {
+        decode_absmax(codes, absmax, offset, map, out)
+    },
+    // SAFETY: as above.
     dot: |a, b| unsafe { avx512_linear::dot(a, b) },
     prepare_f32: avx512_linear::prepare_f32,
     // SAFETY: as above.
@@ -136,6 +140,23 @@ impl Search {
         }
         code
     }
+}
+
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq")]
+fn decode_absmax(codes: &[u8], absmax: f32, offset: f32, map: &[f32; 256], out: &mut [f32]) {
+    let (codes, codes_tail) = codes.as_chunks::<16>();
+    let (out, out_tail) = out.as_chunks_mut::<16>();
+    for (codes, out) in codes.iter().zip(out) {
+        // SAFETY: 16 bytes are read; each is an index into a map of 256; 16 floats are written.
+        unsafe {
+            let index = _mm512_cvtepu8_epi32(_mm_loadu_si128(codes.as_ptr().cast()));
+            let value = _mm512_i32gather_ps::<4>(index, map.as_ptr());
+            // Two roundings, as bitsandbytes has them: a fused multiply-add would have one.
+            let scaled = _mm512_mul_ps(value, _mm512_set1_ps(absmax));
+            _mm512_storeu_ps(out.as_mut_ptr(), _mm512_add_ps(scaled, _mm512_set1_ps(offset)));
+        }
+    }
+    portable::decode_absmax(codes_tail, absmax, offset, map, out_tail);
 }
 
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq")]

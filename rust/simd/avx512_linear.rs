@@ -13,7 +13,7 @@
 //! (j ^ 1, because the first weight of a byte sits in its high nibble.) A last step of fewer than 128 weights
 //! reads zeros past the row's end; its activations are padded with zeros.
 
-use super::{PREPARED_MULTIPLE, Strip};
+use super::{ABSMAX_PADDING, PREPARED_MULTIPLE, Strip};
 use crate::codebook::LEVELS;
 use half::bf16;
 use std::arch::x86_64::*;
@@ -69,21 +69,24 @@ fn absmax_lanes(block_size: usize) -> __m512i {
     }
 }
 
-/// 64 bytes of codes at `offset`, or what is left of the row, then zeros.
+/// A step's 64 bytes of codes; fewer where the row ends, then zeros.
+///
+/// # Safety
+/// `min(64, rest)` bytes must be readable at `codes`.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512vl")]
-fn load_codes(row: &[u8], offset: usize) -> __m512i {
-    let rest = &row[offset..];
-    if let Some(codes) = rest.first_chunk::<64>() {
-        // SAFETY: the array holds the 64 bytes that are read.
-        unsafe { _mm512_loadu_si512(codes.as_ptr().cast()) }
+unsafe fn load_codes(codes: *const u8, rest: usize) -> __m512i {
+    if rest >= 64 {
+        // SAFETY: 64 bytes are readable.
+        unsafe { _mm512_loadu_si512(codes.cast()) }
     } else {
-        let mask = (1_u64 << rest.len()) - 1;
-        // SAFETY: the mask admits only bytes inside `rest`, which is shorter than 64 here.
-        unsafe { _mm512_maskz_loadu_epi8(mask, rest.as_ptr().cast()) }
+        // SAFETY: the mask admits the first `rest` bytes only.
+        unsafe { _mm512_maskz_loadu_epi8((1_u64 << rest) - 1, codes.cast()) }
     }
 }
 
+/// Cut a strip into tiles of four rows (then one) by four tokens (then two, one): the accumulators
+/// and decoded weights of a tile fit in 32 registers. Checks the lengths that the tiles rely on.
 macro_rules! tile_rows_and_tokens {
     ($tile:ident, $x:expr, $strip:expr, $out:expr) => {{
         let (x, strip, out) = ($x, $strip, $out);
@@ -91,6 +94,7 @@ macro_rules! tile_rows_and_tokens {
         let rows = out.len() / strip.tokens;
         assert!(x.len() == prepared * strip.tokens && out.len() == rows * strip.tokens);
         assert!(strip.codes.len() == rows * strip.columns / 2);
+        assert!(strip.absmax_stride >= strip.columns / strip.block_size + ABSMAX_PADDING);
         assert!(strip.absmax.len() == rows * strip.absmax_stride);
         let mut row = 0;
         while row < rows {
@@ -99,14 +103,16 @@ macro_rules! tile_rows_and_tokens {
             while token < strip.tokens {
                 let x = &x[token * prepared..];
                 let out = &mut out[row * strip.tokens + token..];
-                // Accumulators and decoded weights of a tile must fit in 32 registers.
-                token += match (strip.tokens - token, tall) {
-                    (1, true) => $tile::<4, 1>(x, strip, row, out),
-                    (1, false) => $tile::<1, 1>(x, strip, row, out),
-                    (2..4, true) => $tile::<4, 2>(x, strip, row, out),
-                    (2..4, false) => $tile::<1, 2>(x, strip, row, out),
-                    (_, true) => $tile::<4, 4>(x, strip, row, out),
-                    (_, false) => $tile::<1, 4>(x, strip, row, out),
+                // SAFETY: the lengths were checked above; `row + R <= rows`, `token + M <= tokens`.
+                token += unsafe {
+                    match (strip.tokens - token, tall) {
+                        (1, true) => $tile::<4, 1>(x, strip, row, out),
+                        (1, false) => $tile::<1, 1>(x, strip, row, out),
+                        (2..4, true) => $tile::<4, 2>(x, strip, row, out),
+                        (2..4, false) => $tile::<1, 2>(x, strip, row, out),
+                        (_, true) => $tile::<4, 4>(x, strip, row, out),
+                        (_, false) => $tile::<1, 4>(x, strip, row, out),
+                    }
                 };
             }
             row += if tall { 4 } else { 1 };
@@ -125,9 +131,12 @@ pub(super) fn linear_bf16(x: &[bf16], strip: &Strip<'_>, out: &mut [f32]) {
 }
 
 /// `R` rows times `M` tokens in f32; returns M.
+///
+/// # Safety
+/// The lengths that `tile_rows_and_tokens` checks, for rows `row..row + R` and tokens `0..M` of x.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,fma")]
-fn tile_f32<const R: usize, const M: usize>(
+unsafe fn tile_f32<const R: usize, const M: usize>(
     x: &[f32],
     strip: &Strip<'_>,
     row: usize,
@@ -143,21 +152,27 @@ fn tile_f32<const R: usize, const M: usize>(
         let mut codes = [_mm512_setzero_si512(); R];
         let mut scales = [_mm512_setzero_ps(); R];
         for r in 0..R {
-            codes[r] = load_codes(&strip.codes[(row + r) * row_bytes..][..row_bytes], step * 64);
-            let first = (row + r) * strip.absmax_stride + step * PREPARED_MULTIPLE / strip.block_size;
-            let absmax = &strip.absmax[first..first + 4];
-            // SAFETY: four floats are read from a slice of four.
-            let absmax = unsafe { _mm_loadu_ps(absmax.as_ptr()) };
-            scales[r] = _mm512_permutexvar_ps(lanes, _mm512_broadcast_f32x4(absmax));
+            // SAFETY: step * 64 < row_bytes, and the row lies inside the strip. The prefetch may
+            // point past it, which is allowed.
+            unsafe {
+                let at = strip.codes.as_ptr().add((row + r) * row_bytes + step * 64);
+                codes[r] = load_codes(at, row_bytes - step * 64);
+                _mm_prefetch::<_MM_HINT_T0>(at.wrapping_add(R * row_bytes).cast());
+                // SAFETY: a step's first block is below columns / block_size, and four values pad
+                // the row.
+                let first = (row + r) * strip.absmax_stride + step * PREPARED_MULTIPLE / strip.block_size;
+                let absmax = _mm_loadu_ps(strip.absmax.as_ptr().add(first));
+                scales[r] = _mm512_permutexvar_ps(lanes, _mm512_broadcast_f32x4(absmax));
+            }
         }
         let mut partial = [_mm512_setzero_ps(); R];
         for nibble in 0..8 {
             let mut activations = [_mm512_setzero_ps(); M];
             for m in 0..M {
-                let at = m * prepared + step * PREPARED_MULTIPLE + nibble * 16;
-                let values = &x[at..at + 16];
-                // SAFETY: 16 floats are read from a slice of 16.
-                activations[m] = unsafe { _mm512_loadu_ps(values.as_ptr()) };
+                // SAFETY: token m's prepared row holds this step's 128 floats.
+                let at = unsafe { x.as_ptr().add(m * prepared + step * PREPARED_MULTIPLE + nibble * 16) };
+                // SAFETY: as above.
+                activations[m] = unsafe { _mm512_loadu_ps(at) };
             }
             for r in 0..R {
                 let weights = _mm512_permutexvar_ps(codes[r], levels);
@@ -183,9 +198,12 @@ fn tile_f32<const R: usize, const M: usize>(
 }
 
 /// `R` rows times `M` tokens with bf16 products summed in f32; returns M.
+///
+/// # Safety
+/// As [`tile_f32`], and `block_size` must be 64 or more.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,fma")]
-fn tile_bf16<const R: usize, const M: usize>(
+unsafe fn tile_bf16<const R: usize, const M: usize>(
     x: &[bf16],
     strip: &Strip<'_>,
     row: usize,
@@ -205,21 +223,26 @@ fn tile_bf16<const R: usize, const M: usize>(
         let mut codes = [_mm512_setzero_si512(); R];
         let mut tables = [_mm512_setzero_si512(); R];
         for r in 0..R {
-            codes[r] = load_codes(&strip.codes[(row + r) * row_bytes..][..row_bytes], step * 64);
-            let first = (row + r) * strip.absmax_stride + step * PREPARED_MULTIPLE / strip.block_size;
-            let low = _mm512_mul_ps(levels, _mm512_set1_ps(strip.absmax[first]));
-            let high = _mm512_mul_ps(levels, _mm512_set1_ps(strip.absmax[first + second]));
-            let table = _mm512_cvtne2ps_pbh(high, low);
-            // SAFETY: both are 512 plain bits.
-            tables[r] = unsafe { std::mem::transmute::<__m512bh, __m512i>(table) };
+            // SAFETY: as in `tile_f32`.
+            unsafe {
+                let at = strip.codes.as_ptr().add((row + r) * row_bytes + step * 64);
+                codes[r] = load_codes(at, row_bytes - step * 64);
+                _mm_prefetch::<_MM_HINT_T0>(at.wrapping_add(R * row_bytes).cast());
+                let first = (row + r) * strip.absmax_stride + step * PREPARED_MULTIPLE / strip.block_size;
+                let absmax = strip.absmax.as_ptr().add(first);
+                let low = _mm512_mul_ps(levels, _mm512_set1_ps(*absmax));
+                let high = _mm512_mul_ps(levels, _mm512_set1_ps(*absmax.add(second)));
+                // SAFETY: both are 512 plain bits.
+                tables[r] = std::mem::transmute::<__m512bh, __m512i>(_mm512_cvtne2ps_pbh(high, low));
+            }
         }
         for nibble in 0..4 {
             let mut activations = [_mm512_setzero_si512(); M];
             for m in 0..M {
-                let at = m * prepared + step * PREPARED_MULTIPLE + nibble * 32;
-                let values = &x[at..at + 32];
-                // SAFETY: 32 values of 16 bits are read from a slice of 32.
-                activations[m] = unsafe { _mm512_loadu_si512(values.as_ptr().cast()) };
+                // SAFETY: token m's prepared row holds this step's 128 values.
+                let at = unsafe { x.as_ptr().add(m * prepared + step * PREPARED_MULTIPLE + nibble * 32) };
+                // SAFETY: as above.
+                activations[m] = unsafe { _mm512_loadu_si512(at.cast()) };
             }
             for r in 0..R {
                 // half | (codes & 15)

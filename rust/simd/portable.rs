@@ -14,6 +14,7 @@ pub static KERNELS: Kernels = Kernels {
     dequantize_f32: dequantize_blocks,
     dequantize_f16: dequantize_blocks,
     dequantize_bf16: dequantize_blocks,
+    decode_absmax,
     dot,
     prepare_f32: |row, out| {
         out[..row.len()].copy_from_slice(row);
@@ -50,6 +51,12 @@ pub(super) fn dequantize_blocks<T: Element>(codes: &[u8], absmax: &[f32], block_
             pair[0] = levels[usize::from(byte >> 4)];
             pair[1] = levels[usize::from(byte & 15)];
         }
+    }
+}
+
+pub(super) fn decode_absmax(codes: &[u8], absmax: f32, offset: f32, map: &[f32; 256], out: &mut [f32]) {
+    for (code, out) in codes.iter().zip(out) {
+        *out = map[usize::from(*code)] * absmax + offset;
     }
 }
 

@@ -32,7 +32,8 @@ import safetensors.torch
 import torch
 
 from qlora_rs.errors import QloraError
-from qlora_rs.recipes.output_folder import read_json, sync_directory, write_bytes, write_json
+from qlora_rs.files import sync_directory, write_atomically
+from qlora_rs.recipes.output_folder import read_json, write_json
 
 ADAPTER, OPTIMIZER, RNG = "adapter", "optimizer.safetensors", "rng.safetensors"
 STATE, MANIFEST = "state.json", "manifest.json"
@@ -200,13 +201,13 @@ def save_training_state(
             f"{type(optimizer).__name__} or its schedule keeps state that is not JSON ({error}), "
             "so it cannot be checkpointed without pickle; use --optimizer's default"
         ) from error
-    write_bytes(path / STATE, text.encode())
-    write_bytes(path / OPTIMIZER, safetensors.torch.save(tensors))
+    write_atomically(path / STATE, text.encode())
+    write_atomically(path / OPTIMIZER, safetensors.torch.save(tensors))
     generators = {
         "torch": torch.random.get_rng_state(),
         "numpy": torch.from_numpy(_numpy_state()["keys"].astype(numpy.int64)),
     }
-    write_bytes(path / RNG, safetensors.torch.save(generators))
+    write_atomically(path / RNG, safetensors.torch.save(generators))
 
 
 def load_training_state(

@@ -16,13 +16,13 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from qlora_rs.errors import QloraError
+from qlora_rs.files import write_atomically
 
 RUN_FILE, SUMMARY_FILE, LOG_FILE = "run.json", "summary.json", "log.jsonl"
 LOSS_FILE, ADAPTER_FOLDER, CHECKPOINT_FOLDER = "loss.png", "adapter", "checkpoints"
@@ -32,51 +32,12 @@ RUN_FORMAT = "qlora_rs finetune run, version 1"
 
 
 def write_text(path: Path, text: str) -> None:
-    """Replace ``path`` by ``text`` (UTF-8) so that a reader, or a crash, sees the old or the new.
-
-    Order: temporary file in the same directory, fsync, rename, fsync of the directory.
-    """
-    write_bytes(path, text.encode("utf-8"))
-
-
-def write_bytes(path: Path, content: bytes) -> None:
-    """Replace ``path`` by ``content`` atomically; see write_text."""
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fchmod(file.fileno(), _ordinary_mode(path))
-            os.fsync(file.fileno())
-        os.replace(name, path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
-    sync_directory(path.parent)
-
-
-def _ordinary_mode(path: Path) -> int:
-    """Return the mode the replaced file had, or what open() would give; mkstemp makes 0600."""
-    if path.exists():
-        return path.stat().st_mode & 0o777
-    mask = os.umask(0)
-    os.umask(mask)
-    return 0o666 & ~mask
-
-
-def sync_directory(path: Path) -> None:
-    """Make a rename inside ``path`` survive a power cut, where the platform can."""
-    if os.name != "posix":
-        return
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    """Replace ``path`` by ``text`` (UTF-8) so that a reader, or a crash, sees the old or the new."""
+    write_atomically(path, text.encode("utf-8"))
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Replace ``path`` by ``value`` as indented JSON, atomically; NaN is refused."""
+    """Replace ``path`` by ``value`` as indented JSON in the given order; NaN is refused."""
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
@@ -121,7 +82,7 @@ def refuse_existing(output: Path, overwrite: bool) -> None:
 
 
 def _is_temporary(name: str) -> bool:
-    """Say whether ``name`` is what a killed write_bytes or checkpoint leaves behind."""
+    """Say whether ``name`` is what a killed write or checkpoint leaves behind."""
     return name.startswith(".") and name.endswith(".tmp")
 
 
