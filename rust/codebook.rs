@@ -60,7 +60,7 @@ pub static DYNAMIC_MAP: [f32; 256] = {
         let intervals = 1 << decade;
         let mut i = 0;
         while i < intervals {
-            let mean = (linspace(i, intervals) + linspace(i + 1, intervals)) / 2.0;
+            let mean = f32::midpoint(linspace(i, intervals), linspace(i + 1, intervals));
             // Ascending: decade d's positives sit above those of the decades below it.
             let rank = intervals - 1 + i;
             map[128 + rank] = decades[decade] * mean;

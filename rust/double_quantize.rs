@@ -75,7 +75,7 @@ fn midpoints() -> [f32; 256] {
     let mut midpoints = [f32::INFINITY; 256];
     for (midpoint, pair) in midpoints.iter_mut().zip(DYNAMIC_MAP.windows(2)) {
         // Exact: the sum of two f32 within a factor 2^28 of each other fits in an f64.
-        let exact = (f64::from(pair[0]) + f64::from(pair[1])) / 2.0;
+        let exact = f64::midpoint(f64::from(pair[0]), f64::from(pair[1]));
         let rounded = exact as f32;
         *midpoint = if f64::from(rounded) > exact { rounded.next_down() } else { rounded };
     }

@@ -10,6 +10,7 @@ pub trait Element: Copy + Default + Send + Sync + 'static {
     /// Rounds to nearest, ties to even.
     fn from_f32(value: f32) -> Self;
     /// The same values if this type is bf16, whose products some CPUs compute directly.
+    #[must_use]
     fn as_bf16(_: &[Self]) -> Option<&[bf16]> {
         None
     }

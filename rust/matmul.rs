@@ -60,7 +60,7 @@ pub fn linear<T: Element>(
         if fused {
             strip_fused(kernels, &prepared, tokens, matrix, first, &mut products);
         } else {
-            strip_decoded::<T>(kernels, &prepared, tokens, matrix, first, &mut products);
+            strip_decoded(kernels, &prepared, tokens, matrix, first, &mut products);
         }
         let mut y = y.take(first..first + height);
         for (i, products) in products.chunks_exact(tokens).enumerate() {
@@ -131,7 +131,7 @@ fn strip_fused(
 }
 
 /// Rows that share blocks with their neighbours: decode a row at a time.
-fn strip_decoded<T: Element>(
+fn strip_decoded(
     kernels: &Kernels,
     prepared: &Prepared,
     tokens: usize,

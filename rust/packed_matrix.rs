@@ -114,7 +114,7 @@ impl<'a> PackedMatrix<'a> {
     /// Whether every row starts at a block boundary, which the fused kernels need.
     #[must_use]
     pub fn rows_are_aligned(&self) -> bool {
-        self.columns % self.block_size == 0
+        self.columns.is_multiple_of(self.block_size)
     }
 
     /// Write the absmax of blocks `first..first + out.len()`, decoding the second level if there is one.

@@ -1,13 +1,14 @@
 """Types of the extension module; `mypy.stubtest` compares them with the binary."""
 
-from types import CapsuleType
 from typing import Any, TypeAlias
 
-__version__: str
-
+# A DLPack capsule, as torch.utils.dlpack.to_dlpack makes it.
+_Capsule: TypeAlias = Any
 _Packed: TypeAlias = tuple[
-    CapsuleType, CapsuleType, CapsuleType | None, CapsuleType | None, CapsuleType | None
+    _Capsule, _Capsule, _Capsule | None, _Capsule | None, _Capsule | None
 ]
+
+__version__: str
 
 class QloraError(ValueError): ...
 
@@ -16,10 +17,14 @@ def cpu_paths() -> list[str]: ...
 def levels() -> list[float]: ...
 def dynamic_map() -> list[float]: ...
 def quantize(
-    weight: Any, block_size: int, codes: Any, absmax: Any, threads: int
+    weight: _Capsule, block_size: int, codes: _Capsule, absmax: _Capsule, threads: int
 ) -> None: ...
 def double_quantize(
-    absmax: Any, codes: Any, nested_absmax: Any, threads: int, offset: float | None = None
+    absmax: _Capsule,
+    codes: _Capsule,
+    nested_absmax: _Capsule,
+    threads: int,
+    offset: float | None = None,
 ) -> float: ...
 def dequantize(
     packed: _Packed,
@@ -27,16 +32,16 @@ def dequantize(
     block_size: int,
     rows: tuple[int, int],
     columns: tuple[int, int],
-    out: Any,
+    out: _Capsule,
     threads: int,
 ) -> None: ...
 def linear(
-    x: Any,
+    x: _Capsule,
     tokens: int,
     packed: _Packed,
     shape: tuple[int, int],
     block_size: int,
-    bias: Any | None,
-    y: Any,
+    bias: _Capsule | None,
+    y: _Capsule,
     threads: int,
 ) -> None: ...

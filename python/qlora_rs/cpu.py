@@ -1,7 +1,7 @@
 """CPU compute of the operators: Rust on the tensors' own memory, one tile of weights at a time.
 
 Few rows of activations go to the fused kernel, which decodes weights in registers. Many rows are
-bound by arithmetic: a tile of the weight is decoded into a buffer of at most `TILE_BYTES` and
+bound by arithmetic: a tile of the weight is decoded into a buffer of at most `TILE_WEIGHTS` and
 multiplied by torch. Neither ever holds a dequantized matrix (README, "Laws").
 
 All functions take contiguous two-dimensional tensors on the CPU; `ops.py` brings them there.
@@ -17,9 +17,9 @@ from torch.utils.dlpack import to_dlpack
 
 from qlora_rs import _rust
 
-# Decoded weights that exist at any one time. Small enough for the second-level cache of both
-# cores to keep most of it, large enough that torch's product on it runs at full speed.
-TILE_BYTES = 4 << 20
+# Decoded weights that exist at any one time: a million, 2 MiB of bf16. Small enough for
+# the second-level caches to keep, large enough that torch's product runs at full speed on it.
+TILE_WEIGHTS = 1 << 20
 
 # Activation rows up to which the fused kernel is faster; measured by `python -m benches.crossover`.
 FUSED_ROWS = {torch.float32: 8, torch.bfloat16: 8, torch.float16: 8, torch.float64: 0}
@@ -78,9 +78,9 @@ def dequantize_tile(
     return out.to(dtype)
 
 
-def _tiles(length: int, row_bytes: int, multiple: int) -> list[tuple[int, int]]:
-    """Cut `length` into ranges whose tiles fit in TILE_BYTES, at multiples of `multiple`."""
-    step = max(TILE_BYTES // max(row_bytes, 1) // multiple, 1) * multiple
+def _tiles(length: int, other: int, multiple: int) -> list[tuple[int, int]]:
+    """Cut `length` into ranges that, times `other`, fit in TILE_WEIGHTS, at multiples of `multiple`."""
+    step = max(TILE_WEIGHTS // max(other, 1) // multiple, 1) * multiple
     return [(start, min(start + step, length)) for start in range(0, length, step)]
 
 
@@ -100,7 +100,7 @@ def linear(x: Tensor, packed: Packed, bias: Tensor | None) -> Tensor:
         )
         return y
     columns = (0, packed.in_features)
-    for rows in _tiles(packed.out_features, packed.in_features * x.element_size(), 32):
+    for rows in _tiles(packed.out_features, packed.in_features, 32):
         tile = dequantize_tile(packed, rows, columns, x.dtype)
         torch.mm(x, tile.t(), out=y[:, rows[0] : rows[1]])
     return y if bias is None else y.add_(bias)
@@ -110,9 +110,7 @@ def linear_backward(grad: Tensor, packed: Packed) -> Tensor:
     """dX [tokens, in] = dY [tokens, out] W, from the same bytes: no transposed copy."""
     grad_x = torch.empty((grad.shape[0], packed.in_features), dtype=grad.dtype)
     rows = (0, packed.out_features)
-    for columns in _tiles(
-        packed.in_features, packed.out_features * grad.element_size(), packed.block_size
-    ):
+    for columns in _tiles(packed.in_features, packed.out_features, packed.block_size):
         tile = dequantize_tile(packed, rows, columns, grad.dtype)
         torch.mm(grad, tile, out=grad_x[:, columns[0] : columns[1]])
     return grad_x

@@ -11,7 +11,7 @@ use std::arch::x86_64::*;
 
 static KERNELS: Kernels = Kernels {
     name: "avx512",
-    // SAFETY (each closure): the table exists for callers only after `detect` found the features.
+    // SAFETY: (each closure) the table exists for callers only after `detect` found the features.
     widen_f16: |values, out| unsafe { widen_f16(values, out) },
     // SAFETY: as above.
     widen_bf16: |values, out| unsafe { widen_bf16(values, out) },
@@ -19,19 +19,19 @@ static KERNELS: Kernels = Kernels {
     quantize_blocks: |w, block_size, codes, absmax| unsafe { quantize_blocks(w, block_size, codes, absmax) },
     // SAFETY: as above.
     dequantize_f32: |codes, absmax, block_size, out| unsafe {
-        dequantize_f32(codes, absmax, block_size, out)
+        dequantize_f32(codes, absmax, block_size, out);
     },
     // SAFETY: as above.
     dequantize_f16: |codes, absmax, block_size, out| unsafe {
-        dequantize_f16(codes, absmax, block_size, out)
+        dequantize_f16(codes, absmax, block_size, out);
     },
     // SAFETY: as above.
     dequantize_bf16: |codes, absmax, block_size, out| unsafe {
-        dequantize_bf16(codes, absmax, block_size, out)
+        dequantize_bf16(codes, absmax, block_size, out);
     },
     // SAFETY: as above.
     decode_absmax: |codes, absmax, offset, map, out| unsafe {
-        decode_absmax(codes, absmax, offset, map, out)
+        decode_absmax(codes, absmax, offset, map, out);
     },
     // SAFETY: as above.
     dot: |a, b| unsafe { avx512_linear::dot(a, b) },
@@ -69,7 +69,7 @@ fn widen_f16(values: &[f16], out: &mut [f32]) {
     for (values, out) in values.iter().zip(out) {
         // SAFETY: both arrays hold exactly the 16 values that are read and written.
         unsafe {
-            _mm512_storeu_ps(out.as_mut_ptr(), _mm512_cvtph_ps(_mm256_loadu_si256(values.as_ptr().cast())))
+            _mm512_storeu_ps(out.as_mut_ptr(), _mm512_cvtph_ps(_mm256_loadu_si256(values.as_ptr().cast())));
         };
     }
     (portable::KERNELS.widen_f16)(values_tail, out_tail);

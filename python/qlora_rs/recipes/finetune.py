@@ -1,0 +1,403 @@
+"""Fine-tune a 4-bit model with LoRA on a JSONL file: the whole run, in order.
+
+    check paths and data -> load -> quantize to NF4 -> attach LoRA -> train (trl) -> save adapter
+
+Nothing is written before paths, data and model were found good. A run that stops (Ctrl-C,
+SIGTERM, power cut) continues with ``resume=True`` from its newest whole checkpoint, bit for bit as
+if it had not stopped, given the same versions and thread count.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import qlora_rs
+from qlora_rs.errors import QloraError
+from qlora_rs.recipes import base_model, report
+from qlora_rs.recipes import output_folder as folder
+from qlora_rs.recipes.data import Example, TrainingData, read_examples
+from qlora_rs.recipes.encode import EncodedData, encode_examples
+from qlora_rs.recipes.progress import Progress, StopRequest, stop_on_signals
+from qlora_rs.recipes.settings import FinetuneSettings, option
+
+
+@dataclass(frozen=True)
+class FinetuneResult:
+    """What ``finetune`` returns.
+
+    model: the quantized model with its adapter, in evaluation mode; tokenizer: its tokenizer.
+    finished: False when the user stopped the run; ``signal`` then says by what.
+    summary: what summary.json holds (empty unless finished). step: optimizer steps done.
+    """
+
+    model: Any
+    tokenizer: Any
+    settings: FinetuneSettings
+    finished: bool
+    step: int
+    summary: dict[str, Any]
+    signal: int | None = None
+
+
+def finetune(
+    settings: FinetuneSettings,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+    on_ready: Callable[[Any, Any], None] | None = None,
+) -> FinetuneResult:
+    """Carry out a fine-tuning run; see FinetuneSettings for what it does.
+
+    resume: continue the run in ``settings.output``, which must have been started with equal
+    settings, data and model. overwrite: delete an earlier run there first.
+    on_ready: called once as (model, tokenizer) before the first step, adapter attached but zero.
+    Memory: the float weights while loading; afterwards the 4-bit model, float32 adapter, its
+    gradient and two moments, and the activations of one packed row batch.
+    Raises QloraError for everything a user can mend; nothing was written then, except after
+    training began, where checkpoints stay.
+    """
+    progress = progress or Progress()
+    output = Path(settings.output).expanduser()
+    require_training_libraries()
+    base_model.check_model_path(settings.model)
+    if not resume:
+        folder.refuse_existing(output, overwrite)
+    progress.stage(f"Reading {settings.data}")
+    data = read_examples(settings.data)
+    record = _run_record(settings, data)
+    if resume:
+        _check_same_run(output, record, progress)
+
+    progress.stage(f"Loading {settings.model}")
+    base = base_model.load_base_model(settings.model, settings.dtype)
+    train, held_out = _split(data.examples, settings)
+    encoded = encode_examples(train, base.tokenizer, settings.max_length)
+    encoded_held_out = (
+        encode_examples(held_out, base.tokenizer, settings.max_length) if held_out else None
+    )
+    _say_what_was_cut(encoded, settings, progress)
+    float_bytes = report.model_bytes(base.model)
+    prepare_model(base.model, settings, progress)
+
+    output.mkdir(parents=True, exist_ok=True)
+    with folder.lock(output):
+        if not resume:
+            folder.refuse_existing(output, overwrite)  # again, now that nobody else can write
+            folder.clear_run(output)
+            folder.write_json(output / folder.RUN_FILE, record)
+        run = _Run(settings, output, base, encoded, encoded_held_out, float_bytes, progress)
+        return run.carry_out(resume, on_ready)
+
+
+def prepare_model(model: Any, settings: FinetuneSettings, progress: Progress) -> None:
+    """Quantize a float model in place and attach a fresh adapter, reproducibly by seed."""
+    import transformers
+
+    def show(done: int, total: int, name: str) -> None:
+        progress.line(f"Quantizing to NF4  {done}/{total}  {name}", last=done == total)
+
+    qlora_rs.quantize_model(
+        model,
+        skip=("lm_head",),
+        block_size=settings.block_size,
+        double_quant=settings.double_quant,
+        progress=show,
+    )
+    transformers.set_seed(settings.seed)
+    targets = settings.target_modules
+    qlora_rs.add_lora(
+        model,
+        r=settings.r,
+        alpha=settings.alpha,
+        dropout=settings.dropout,
+        target_modules=targets if isinstance(targets, str) else list(targets),
+        use_rslora=settings.rslora,
+    )
+
+
+class _Run:
+    """The part of a run that owns its output folder."""
+
+    def __init__(
+        self,
+        settings: FinetuneSettings,
+        output: Path,
+        base: base_model.BaseModel,
+        encoded: EncodedData,
+        held_out: EncodedData | None,
+        float_bytes: int,
+        progress: Progress,
+    ) -> None:
+        self.settings, self.output, self.base = settings, output, base
+        self.encoded, self.held_out = encoded, held_out
+        self.float_bytes, self.progress = float_bytes, progress
+        self.checkpoints = output / folder.CHECKPOINT_FOLDER
+
+    def carry_out(
+        self, resume: bool, on_ready: Callable[[Any, Any], None] | None
+    ) -> FinetuneResult:
+        from qlora_rs.recipes.checkpoint import newest, prune
+        from qlora_rs.recipes.run_callback import RunCallback
+
+        (self.output / folder.SUMMARY_FILE).unlink(missing_ok=True)
+        self.checkpoints.mkdir(exist_ok=True)
+        found = newest(self.checkpoints)
+        for reason in found.skipped:
+            self.progress.warn(f"Skipped a damaged checkpoint: {reason}")
+        if resume:
+            place = f"step {found.step}" if found.path else "the start (no whole checkpoint yet)"
+            self.progress.stage(f"Resuming from {place}")
+        prune(self.checkpoints, keep=1 << 30)  # only what a killed run left half-written
+
+        what = "saving a checkpoint after this step"
+        with stop_on_signals(self.progress, what) as stop, base_model.quiet_libraries():
+            log_file = self.output / folder.LOG_FILE
+            callback = RunCallback(log_file, self.progress, stop)
+            try:
+                trainer = self._trainer(callback)
+                callback.open_log(found.step)
+                if found.path is None:
+                    if on_ready is not None:
+                        on_ready(self.base.model, self.base.tokenizer)
+                    if self.held_out is not None:
+                        trainer.evaluate()
+                self._train(trainer, found.path, found.step)
+                self.base.model.eval()
+                if stop and trainer.state.global_step < trainer.state.max_steps:
+                    return self._stopped(trainer.state.global_step, stop)
+                if self.held_out is not None:
+                    trainer.evaluate()
+            finally:
+                callback.close()
+        return self._finish(trainer, callback)
+
+    def _trainer(self, callback: Any) -> Any:
+        from datasets import Dataset
+
+        from qlora_rs.recipes.trainer import AnswerTrainer, training_arguments
+
+        def dataset(encoded: EncodedData) -> Dataset:
+            return Dataset.from_dict(
+                {
+                    "input_ids": [example.input_ids for example in encoded.examples],
+                    "labels": [example.labels for example in encoded.examples],
+                }
+            )
+
+        held_out = None if self.held_out is None else dataset(self.held_out)
+        return AnswerTrainer(
+            model=self.base.model,
+            args=training_arguments(self.settings, self.checkpoints, held_out is not None),
+            train_dataset=dataset(self.encoded),
+            eval_dataset=held_out,
+            processing_class=self.base.tokenizer,
+            callbacks=[callback],
+            base_name=self.settings.model,
+            keep_checkpoints=self.settings.keep_checkpoints,
+        )
+
+    def _train(self, trainer: Any, checkpoint: Path | None, step: int) -> None:
+        if checkpoint is None:
+            trainer.train()
+            return
+        state = trainer.state.load_from_json(str(checkpoint / "trainer_state.json"))
+        if step < state.max_steps:
+            trainer.train(resume_from_checkpoint=str(checkpoint))
+        else:
+            # Every step was done before the run was cut off; Trainer would do one more.
+            trainer._load_from_checkpoint(str(checkpoint))
+            trainer.state = state
+
+    def _stopped(self, step: int, stop: StopRequest) -> FinetuneResult:
+        self.progress.warn(
+            f"Stopped after step {step}; nothing is lost. Continue with:\n"
+            f"  qlora-rs finetune --resume --output {self.settings.output}"
+        )
+        model, tokenizer = self.base.model, self.base.tokenizer
+        return FinetuneResult(model, tokenizer, self.settings, False, step, {}, stop.signal)
+
+    def _finish(self, trainer: Any, callback: Any) -> FinetuneResult:
+        from qlora_rs.recipes.checkpoint import remove
+        from qlora_rs.recipes.run_callback import read_log
+
+        model, settings, output = self.base.model, self.settings, self.output
+        adapter = output / folder.ADAPTER_FOLDER
+        qlora_rs.save_adapter(model, adapter, settings.model)
+        log = read_log(output / folder.LOG_FILE)
+        name = Path(settings.model).name
+        title = f"{name}, NF4 + LoRA r={settings.r}, lr {settings.learning_rate:g}"
+        if not report.draw_loss_curve(output / folder.LOSS_FILE, log, title):
+            self.progress.warn("No loss.png: matplotlib is not installed (pip install matplotlib)")
+        summary = self._summary(trainer, callback, log)
+        folder.write_json(output / folder.SUMMARY_FILE, summary)
+        if not settings.keep_checkpoints:
+            for path in sorted(self.checkpoints.glob("step-*")):
+                remove(path)
+            if not any(self.checkpoints.iterdir()):
+                self.checkpoints.rmdir()
+        step = trainer.state.global_step
+        return FinetuneResult(model, self.base.tokenizer, settings, True, step, summary)
+
+    def _summary(self, trainer: Any, callback: Any, log: list[dict[str, Any]]) -> dict[str, Any]:
+        losses = [entry["loss"] for entry in log if "loss" in entry]
+        held_out = [entry["eval_loss"] for entry in log if "eval_loss" in entry]
+        trainable, parameters = qlora_rs.trainable_parameters(self.base.model)
+        window = max(1, min(10, len(losses) // 10))
+        quantized = report.model_bytes(self.base.model) - sum(
+            p.numel() * p.element_size() for p in self.base.model.parameters() if p.requires_grad
+        )
+        seconds = callback.session_seconds
+        return {
+            "model": self.settings.model,
+            "parameters": parameters - trainable,
+            "trainable_parameters": trainable,
+            "dtype": self.settings.dtype,
+            "float_bytes": self.float_bytes,
+            "quantized_bytes": quantized,
+            "examples": len(self.encoded.examples),
+            "examples_shortened": self.encoded.shortened,
+            "examples_dropped": self.encoded.dropped,
+            "data_tokens": self.encoded.tokens,
+            "answer_tokens": self.encoded.answer_tokens,
+            "steps": trainer.state.global_step,
+            "tokens": int(trainer.state.num_input_tokens_seen),
+            "first_loss": sum(losses[:window]) / window,
+            "last_loss": sum(losses[-window:]) / window,
+            "held_out_loss_before": held_out[0] if len(held_out) > 1 else None,
+            "held_out_loss": held_out[-1] if held_out else None,
+            "train_seconds": round(callback.earlier_seconds + seconds, 1),
+            "tokens_per_second": round(callback.session_tokens / seconds, 1) if seconds else 0.0,
+            "peak_rss_bytes": report.peak_rss_bytes(),
+            "adapter": str(self.output / folder.ADAPTER_FOLDER),
+        }
+
+
+def require_training_libraries() -> None:
+    """Check that trl and datasets are installed; raise QloraError with the pip command if not."""
+    base_model.import_transformers()
+    try:
+        import datasets  # noqa: F401
+        import trl  # noqa: F401
+    except ImportError as error:
+        raise QloraError(
+            f'fine-tuning needs trl and datasets ({error}): pip install "qlora_rs[train]"'
+        ) from error
+
+
+def _split(
+    examples: Sequence[Example], settings: FinetuneSettings
+) -> tuple[list[Example], list[Example]]:
+    """Hold out ``eval_fraction`` of the examples, chosen by the seed."""
+    count = round(len(examples) * settings.eval_fraction)
+    if settings.eval_fraction > 0 and not 1 <= count < len(examples):
+        raise QloraError(
+            f"--eval-fraction {settings.eval_fraction:g} of {len(examples)} examples holds out "
+            f"{count}; at least 1 must be held out and 1 left to train on"
+        )
+    order = list(range(len(examples)))
+    random.Random(settings.seed).shuffle(order)
+    held_out = set(order[:count])
+    train = [example for place, example in enumerate(examples) if place not in held_out]
+    return train, [examples[place] for place in sorted(held_out)]
+
+
+def _say_what_was_cut(
+    encoded: EncodedData, settings: FinetuneSettings, progress: Progress
+) -> None:
+    if encoded.shortened or encoded.dropped:
+        progress.warn(
+            f"{encoded.shortened} examples were cut to {settings.max_length} tokens and "
+            f"{encoded.dropped} left out, because no answer fits; --max-length changes that"
+        )
+    if encoded.last_answer_only:
+        progress.warn(
+            f"in {encoded.last_answer_only} chats only the last answer is learned: the chat "
+            "template renders earlier turns differently once more turns follow"
+        )
+
+
+# ---- identity of a run, for resuming ------------------------------------------------------------
+
+
+def _run_record(settings: FinetuneSettings, data: TrainingData) -> dict[str, Any]:
+    """Build run.json: what must be equal for a resumed run to continue the same computation."""
+    import torch
+    import transformers
+    import trl
+
+    paths = {
+        name: os.path.abspath(os.path.expanduser(getattr(settings, name)))
+        for name in ("model", "data", "output")
+    }
+    return {
+        "format": folder.RUN_FORMAT,
+        "settings": replace(settings, **paths).to_json(),
+        "data_sha256": data.sha256,
+        "model_identity": base_model.model_identity(settings.model),
+        "environment": {
+            "qlora_rs": qlora_rs.__version__,
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "trl": trl.__version__,
+            "threads": torch.get_num_threads(),
+            "machine": platform.machine(),
+        },
+    }
+
+
+def settings_of_run(output: str | Path) -> FinetuneSettings:
+    """Read the settings of the run in ``output``, to resume it without repeating its options."""
+    output = Path(output).expanduser()
+    if not folder.is_run(output):
+        raise QloraError(
+            f"{output} holds no fine-tuning run to resume (no {folder.RUN_FILE} of ours); start "
+            "one without --resume"
+        )
+    record = folder.read_json(output / folder.RUN_FILE)
+    settings = FinetuneSettings.from_json(record["settings"])
+    return replace(settings, output=str(output))
+
+
+def _check_same_run(output: Path, record: dict[str, Any], progress: Progress) -> None:
+    """Refuse to resume a run with other settings, data or model; warn of other versions."""
+    settings_of_run(output)
+    earlier = folder.read_json(output / folder.RUN_FILE)
+    if (output / folder.SUMMARY_FILE).exists():
+        raise QloraError(
+            f"the run in {output} is complete; its adapter is in "
+            f"{output / folder.ADAPTER_FOLDER}. Use another --output for a new run"
+        )
+    for name, value in record["settings"].items():
+        # Files may have moved; their digests below say whether they are the same.
+        if name not in ("model", "data", "output") and value != earlier["settings"][name]:
+            raise QloraError(
+                f"{option(name)} was {earlier['settings'][name]} when the run in {output} began and "
+                f"is {value} now; resume it without {option(name)}, or start again with --overwrite"
+            )
+    for key, what, settings_name in (
+        ("data_sha256", "the training data", "data"),
+        ("model_identity", "the base model", "model"),
+    ):
+        if record[key] != earlier[key]:
+            raise QloraError(
+                f"{what} ({record['settings'][settings_name]}) is not what the run in {output} "
+                "began with (its digest differs); give the same file, or start again with "
+                "--overwrite"
+            )
+    changed = [
+        f"{name} {earlier['environment'].get(name)} -> {value}"
+        for name, value in record["environment"].items()
+        if earlier["environment"].get(name) != value
+    ]
+    if changed:
+        progress.warn(
+            f"The run began with another environment ({', '.join(changed)}); it continues, but "
+            "perhaps not bit for bit"
+        )
