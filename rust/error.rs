@@ -77,6 +77,8 @@ pub enum Error {
         available: String,
     },
     /// A forced CPU path has no such name.
-    #[error("QLORA_RS_CPU={0} is not a path; use portable, avx2 or avx512, or unset it to take the fastest")]
+    #[error(
+        "QLORA_RS_CPU={0} is not a path; use portable, avx2, avx512 or amx, or unset it to take the fastest"
+    )]
     CpuPathUnknown(String),
 }

@@ -9,6 +9,8 @@ pub mod dequantize;
 pub mod double_quantize;
 pub mod element;
 pub mod error;
+pub mod few_rows;
+pub mod gemm;
 pub mod matmul;
 pub mod memory;
 pub mod packed_matrix;

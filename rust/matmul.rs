@@ -1,151 +1,122 @@
-//! y = x Wᵀ + b straight from packed weights, for few rows of x.
-//!
-//! Weights are decoded in registers and never stored. Rows of W are cut into strips, one unit of
-//! parallel work each. Many rows of x are better served by decoding a tile once
-//! (`dequantize.rs`) and multiplying it with a dense product; `ops.py` chooses.
+//! Products with a packed matrix: the choice between the two ways to compute them.
 
 use crate::element::Element;
 use crate::error::Error;
-use crate::packed_matrix::PackedMatrix;
-use crate::parallel::{self, Columns};
-use crate::quantize::check_length;
-use crate::simd::{ABSMAX_PADDING, Bf16Kernels, Kernels, PREPARED_MULTIPLE, Strip};
-use half::bf16;
+use crate::few_rows;
+use crate::gemm::{Direction, LowRank, Product};
+use crate::simd::Kernels;
+use half::{bf16, f16};
 
-/// Rows of W per unit of parallel work: a multiple of the kernels' four-row tiles, and small enough
-/// that two cores finish together on a layer of 576 rows.
-const STRIP_ROWS: usize = 16;
-
-/// Activations in the form that the chosen kernel reads.
-enum Prepared {
-    /// Widened to f32 and reordered.
-    F32(Vec<f32>),
-    /// Reordered bf16.
-    Bf16(Vec<bf16>, Bf16Kernels),
+/// A float type of activations and gradients.
+pub trait Activation: Element {
+    /// Write the product by decoding blocks of weights (`gemm.rs`).
+    ///
+    /// # Errors
+    /// [`Error::Operand`] when an operand has another length than the shapes ask for.
+    fn write_blocks(
+        product: &Product<'_, Self>,
+        kernels: &Kernels,
+        out: &mut [Self],
+        threads: usize,
+    ) -> Result<(), Error>;
+    /// Up to how many rows of activations the few-row kernel is the faster one.
+    fn few_rows(kernels: &Kernels) -> usize;
 }
 
-/// Write `y[m, n] = sum over k of x[m, k] * W[n, k] + bias[n]`.
-///
-/// x is `tokens` x columns, y is `tokens` x rows, both row-major. Products are summed in f32.
-/// Weights are exact, or rounded to bf16 once where the CPU multiplies bf16 and x is bf16.
-/// Allocates a reordered copy of x, at most four bytes per activation.
+/// Write `product` to `out`, by the faster way for its number of rows.
 ///
 /// # Errors
-/// [`Error::Operand`] when x, bias or y has another length than the shapes ask for.
-pub fn linear<T: Element>(
+/// [`Error::Operand`] when an operand has another length than the shapes ask for.
+pub fn write<T: Activation>(
+    product: &Product<'_, T>,
     kernels: &Kernels,
-    x: &[T],
-    tokens: usize,
-    matrix: &PackedMatrix<'_>,
-    bias: Option<&[T]>,
-    y: &mut [T],
+    out: &mut [T],
     threads: usize,
 ) -> Result<(), Error> {
-    let (rows, columns) = (matrix.rows(), matrix.columns());
-    check_length("x", x.len(), tokens * columns)?;
-    check_length("y", y.len(), tokens * rows)?;
-    if let Some(bias) = bias {
-        check_length("bias", bias.len(), rows)?;
+    if product.direction == Direction::Forward && product.tokens <= T::few_rows(kernels) {
+        few_rows::write(product, kernels, out, threads)
+    } else {
+        T::write_blocks(product, kernels, out, threads)
     }
-    if y.is_empty() {
-        return Ok(());
+}
+
+impl Activation for f32 {
+    fn write_blocks(
+        product: &Product<'_, Self>,
+        kernels: &Kernels,
+        out: &mut [Self],
+        threads: usize,
+    ) -> Result<(), Error> {
+        product.write(kernels, out, threads)
     }
-    let fused = matrix.rows_are_aligned() && columns > 0;
-    let prepared = prepare(kernels, x, tokens, matrix, fused);
-    let y = Columns::new(y, rows);
-    let strips = (0..rows).step_by(STRIP_ROWS);
-    parallel::for_each(strips, threads, |first| {
-        let height = STRIP_ROWS.min(rows - first);
-        let mut products = vec![0.0_f32; height * tokens];
-        if fused {
-            strip_fused(kernels, &prepared, tokens, matrix, first, &mut products);
-        } else {
-            strip_decoded(kernels, &prepared, tokens, matrix, first, &mut products);
+    fn few_rows(kernels: &Kernels) -> usize {
+        kernels.few_rows[0]
+    }
+}
+
+impl Activation for bf16 {
+    fn write_blocks(
+        product: &Product<'_, Self>,
+        kernels: &Kernels,
+        out: &mut [Self],
+        threads: usize,
+    ) -> Result<(), Error> {
+        product.write(kernels, out, threads)
+    }
+    fn few_rows(kernels: &Kernels) -> usize {
+        kernels.few_rows[1]
+    }
+}
+
+/// No instruction set here multiplies f16 panels, so they are computed in f32, some tokens at a time.
+impl Activation for f16 {
+    fn write_blocks(
+        product: &Product<'_, Self>,
+        kernels: &Kernels,
+        out: &mut [Self],
+        threads: usize,
+    ) -> Result<(), Error> {
+        /// f32 values that a step may hold beyond its operands: 4 MiB.
+        const VALUES: usize = 1 << 20;
+        product.check(out.len())?;
+        let (outputs, depth) = (product.outputs(), product.depth());
+        if out.is_empty() {
+            return Ok(());
         }
-        let mut y = y.take(first..first + height);
-        for (i, products) in products.chunks_exact(tokens).enumerate() {
-            let bias = bias.map_or(0.0, |bias| bias[first + i].to_f32());
-            for (token, product) in products.iter().enumerate() {
-                y.set(token, i, T::from_f32(product + bias));
+        let widen = |values: &[f16]| {
+            let mut wide = vec![0.0_f32; values.len()];
+            f16::widen(kernels, values, &mut wide);
+            wide
+        };
+        let bias = product.bias.map(widen);
+        let factor = product.low_rank.map(|low_rank| widen(low_rank.factor));
+        let step = (VALUES / (outputs + depth)).max(1);
+        for (i, out) in out.chunks_mut(step * outputs).enumerate() {
+            let (first, tokens) = (i * step, out.len() / outputs);
+            let activations = widen(&product.activations[first * depth..(first + tokens) * depth]);
+            let hidden =
+                product.low_rank.map(|l| widen(&l.hidden[first * l.rank..(first + tokens) * l.rank]));
+            let low_rank = match (&hidden, &factor, product.low_rank) {
+                (Some(hidden), Some(factor), Some(l)) => Some(LowRank { hidden, factor, rank: l.rank }),
+                _ => None,
+            };
+            let wide = Product {
+                direction: product.direction,
+                matrix: product.matrix,
+                activations: &activations,
+                tokens,
+                low_rank,
+                bias: bias.as_deref(),
+            };
+            let mut result = vec![0.0_f32; out.len()];
+            wide.write(kernels, &mut result, threads)?;
+            for (out, result) in out.iter_mut().zip(result) {
+                *out = f16::from_f32(result);
             }
         }
-    });
-    Ok(())
-}
-
-fn prepare<T: Element>(
-    kernels: &Kernels,
-    x: &[T],
-    tokens: usize,
-    matrix: &PackedMatrix<'_>,
-    fused: bool,
-) -> Prepared {
-    let columns = matrix.columns();
-    if !fused {
-        let mut wide = vec![0.0; x.len()];
-        T::widen(kernels, x, &mut wide);
-        return Prepared::F32(wide);
+        Ok(())
     }
-    let width = columns.next_multiple_of(PREPARED_MULTIPLE);
-    let bf16_kernels = kernels.bf16.filter(|_| matrix.block_size() >= 64);
-    if let (Some(kernels), Some(x)) = (bf16_kernels, T::as_bf16(x)) {
-        let mut prepared = vec![bf16::ZERO; tokens * width];
-        for (row, out) in x.chunks_exact(columns).zip(prepared.chunks_exact_mut(width)) {
-            (kernels.prepare)(row, out);
-        }
-        return Prepared::Bf16(prepared, kernels);
-    }
-    let mut wide = vec![0.0; columns];
-    let mut prepared = vec![0.0; tokens * width];
-    for (row, out) in x.chunks_exact(columns).zip(prepared.chunks_exact_mut(width)) {
-        T::widen(kernels, row, &mut wide);
-        (kernels.prepare_f32)(&wide, out);
-    }
-    Prepared::F32(prepared)
-}
-
-/// Rows that start at block boundaries: the kernels decode them in registers.
-fn strip_fused(
-    kernels: &Kernels,
-    prepared: &Prepared,
-    tokens: usize,
-    matrix: &PackedMatrix<'_>,
-    first: usize,
-    products: &mut [f32],
-) {
-    let columns = matrix.columns();
-    let blocks = columns / matrix.block_size();
-    let height = products.len() / tokens;
-    let absmax_stride = blocks + ABSMAX_PADDING;
-    let mut absmax = vec![0.0; height * absmax_stride];
-    for (i, absmax) in absmax.chunks_exact_mut(absmax_stride).enumerate() {
-        matrix.decode_absmax(kernels, (first + i) * blocks, &mut absmax[..blocks]);
-    }
-    let codes = &matrix.codes()[first * columns / 2..(first + height) * columns / 2];
-    let block_size = matrix.block_size();
-    let strip = Strip { codes, absmax: &absmax, absmax_stride, columns, block_size, tokens };
-    match prepared {
-        Prepared::F32(x) => (kernels.linear_f32)(x, &strip, products),
-        Prepared::Bf16(x, kernels) => (kernels.linear)(x, &strip, products),
-    }
-}
-
-/// Rows that share blocks with their neighbours: decode a row at a time.
-fn strip_decoded(
-    kernels: &Kernels,
-    prepared: &Prepared,
-    tokens: usize,
-    matrix: &PackedMatrix<'_>,
-    first: usize,
-    products: &mut [f32],
-) {
-    let Prepared::F32(x) = prepared else { return };
-    let columns = matrix.columns();
-    let mut weights = vec![0.0_f32; columns];
-    for (i, products) in products.chunks_exact_mut(tokens).enumerate() {
-        crate::dequantize::dequantize_run(kernels, matrix, (first + i) * columns, &mut weights);
-        for (token, product) in products.iter_mut().enumerate() {
-            *product = (kernels.dot)(&weights, &x[token * columns..][..columns]);
-        }
+    fn few_rows(kernels: &Kernels) -> usize {
+        kernels.few_rows[0]
     }
 }

@@ -199,15 +199,19 @@ impl<'a, T> Columns<'a, T> {
 }
 
 impl<T> ColumnRange<'_, T> {
-    /// Set the element in row `row` and the `column`-th column of the range.
+    /// `length` elements of row `row`, from the `column`-th column of the range on.
     ///
     /// # Panics
-    /// When either lies outside.
-    pub fn set(&mut self, row: usize, column: usize, value: T) {
-        assert!(row < self.rows && column < self.range.len(), "element lies inside the range");
-        // SAFETY: row < rows and range.start + column < columns, so the element is inside the
-        // matrix; the range is this value's alone (`Columns::take`).
-        unsafe { self.first.add(row * self.columns + self.range.start + column).write(value) };
+    /// When they do not all lie inside.
+    pub fn row_mut(&mut self, row: usize, column: usize, length: usize) -> &mut [T] {
+        assert!(row < self.rows && column + length <= self.range.len(), "elements lie inside the range");
+        // SAFETY: row < rows and range.start + column + length <= columns, so the elements are inside
+        // the matrix; the range is this value's alone (`Columns::take`), and the borrow of `self`
+        // keeps a second slice of it from existing.
+        unsafe {
+            let first = self.first.add(row * self.columns + self.range.start + column);
+            std::slice::from_raw_parts_mut(first, length)
+        }
     }
 }
 

@@ -11,7 +11,7 @@ use pyo3::prelude::*;
 mod extension {
     #[pymodule_export]
     use super::functions::{
-        cpu_path, cpu_paths, dequantize, double_quantize, dynamic_map, levels, linear, quantize,
+        cpu_path, cpu_paths, dequantize, double_quantize, dynamic_map, levels, multiply, quantize,
     };
 
     use super::{Bound, PyModule, PyResult, exceptions};

@@ -4,14 +4,21 @@
 //! their last bits between paths (another order of summation), never between thread counts.
 
 #[cfg(target_arch = "x86_64")]
+mod amx;
+#[cfg(target_arch = "x86_64")]
 mod avx2;
 #[cfg(target_arch = "x86_64")]
+mod avx2_gemm;
+#[cfg(target_arch = "x86_64")]
 mod avx512;
+#[cfg(target_arch = "x86_64")]
+mod avx512_gemm;
 #[cfg(target_arch = "x86_64")]
 mod avx512_linear;
 pub mod portable;
 
 use crate::error::Error;
+use crate::gemm::tile::{MultiplyBlock, Tile};
 use half::{bf16, f16};
 use std::sync::OnceLock;
 
@@ -45,7 +52,7 @@ pub type Linear<T> = fn(x: &[T], strip: &Strip<'_>, out: &mut [f32]);
 /// handed out after the instructions they use were found.
 #[derive(Clone, Copy, Debug)]
 pub struct Kernels {
-    /// `portable`, `avx2` or `avx512`.
+    /// `portable`, `avx2`, `avx512` or `amx`.
     pub name: &'static str,
     /// f16 → f32, exact; both slices have the same length.
     pub widen_f16: fn(&[f16], &mut [f32]),
@@ -69,6 +76,18 @@ pub struct Kernels {
     pub prepare_f32: fn(&[f32], &mut [f32]),
     /// Products with rows of packed weights, activations prepared by `prepare_f32`.
     pub linear_f32: Linear<f32>,
+    /// Products of panels of f32, see `gemm/tile.rs`.
+    pub multiply_f32: MultiplyBlock,
+    /// Products of panels of bf16, summed in f32.
+    pub multiply_bf16: MultiplyBlock,
+    /// Swap a tile's rows and columns.
+    pub transpose: fn(&mut Tile),
+    /// Two runs of 16 bf16 → 16 words, the first run in the lower halves.
+    pub interleave: fn(&[bf16; 16], &[bf16; 16], &mut [u32; 16]),
+    /// f32 → bf16, to nearest, ties to even; both slices have the same length.
+    pub narrow_bf16: fn(&[f32], &mut [bf16]),
+    /// Up to how many rows of activations `linear_f32` beats panels (f32, then bf16).
+    pub few_rows: [usize; 2],
     /// The same for bf16 activations where the CPU multiplies bf16; needs blocks of 64 or more.
     pub bf16: Option<Bf16Kernels>,
 }
@@ -86,7 +105,7 @@ pub struct Bf16Kernels {
 #[must_use]
 pub fn available() -> Vec<&'static Kernels> {
     #[cfg(target_arch = "x86_64")]
-    let detected = [avx512::detect(), avx2::detect()];
+    let detected = [amx::detect(), avx512::detect(), avx2::detect()];
     #[cfg(not(target_arch = "x86_64"))]
     let detected = [];
     detected.into_iter().flatten().chain([&portable::KERNELS]).collect()
@@ -105,7 +124,7 @@ fn choose(requested: Option<&str>) -> Result<&'static Kernels, Error> {
     let paths = available();
     match requested {
         None | Some("") => Ok(paths[0]),
-        Some(name @ ("portable" | "avx2" | "avx512")) => {
+        Some(name @ ("portable" | "avx2" | "avx512" | "amx")) => {
             let found = paths.iter().copied().find(|path| path.name == name);
             found.ok_or_else(|| Error::CpuPathMissing {
                 requested: name.to_owned(),

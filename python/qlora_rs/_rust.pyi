@@ -8,6 +8,19 @@ _Packed: TypeAlias = tuple[
     _Capsule, _Capsule, _Capsule | None, _Capsule | None, _Capsule | None
 ]
 
+__all__ = [
+    "QloraError",
+    "__version__",
+    "cpu_path",
+    "cpu_paths",
+    "dequantize",
+    "double_quantize",
+    "dynamic_map",
+    "levels",
+    "multiply",
+    "quantize",
+]
+
 __version__: str
 
 class QloraError(ValueError): ...
@@ -35,13 +48,15 @@ def dequantize(
     out: _Capsule,
     threads: int,
 ) -> None: ...
-def linear(
-    x: _Capsule,
+def multiply(
+    backward: bool,
+    activations: _Capsule,
     tokens: int,
     packed: _Packed,
     shape: tuple[int, int],
     block_size: int,
+    low_rank: tuple[_Capsule, _Capsule, int] | None,
     bias: _Capsule | None,
-    y: _Capsule,
+    out: _Capsule,
     threads: int,
 ) -> None: ...

@@ -1,8 +1,9 @@
-"""CPU compute of the operators: Rust on the tensors' own memory, one tile of weights at a time.
+"""CPU compute of the operators: Rust on the tensors' own memory.
 
-Few rows of activations go to the fused kernel, which decodes weights in registers. Many rows are
-bound by arithmetic: a tile of the weight is decoded into a buffer of at most `TILE_WEIGHTS` and
-multiplied by torch. Neither ever holds a dequantized matrix (README, "Laws").
+The extension chooses between a kernel that decodes weights in registers (few rows of activations)
+and one that decodes blocks of at most 256 KiB into the cache (many rows). Neither ever holds a
+dequantized matrix (README, "Laws"). float64 exists for gradient checks and goes through torch,
+one tile of weights at a time.
 
 All functions take contiguous two-dimensional tensors on the CPU; `ops.py` brings them there.
 """
@@ -17,12 +18,8 @@ from torch.utils.dlpack import to_dlpack
 
 from qlora_rs import _rust
 
-# Decoded weights that exist at any one time: a million, 2 MiB of bf16. Small enough for
-# the second-level caches to keep, large enough that torch's product runs at full speed on it.
+# Decoded weights that a float64 product holds at any one time.
 TILE_WEIGHTS = 1 << 20
-
-# Activation rows up to which the fused kernel is faster; measured by `python -m benches.crossover`.
-FUSED_ROWS = {torch.float32: 8, torch.bfloat16: 8, torch.float16: 8, torch.float64: 0}
 
 
 class Packed(NamedTuple):
@@ -78,51 +75,80 @@ def dequantize_tile(
     return out.to(dtype)
 
 
-def _tiles(length: int, other: int, multiple: int) -> list[tuple[int, int]]:
-    """Cut `length` into ranges that, times `other`, fit in TILE_WEIGHTS, at multiples of `multiple`."""
-    step = max(TILE_WEIGHTS // max(other, 1) // multiple, 1) * multiple
-    return [(start, min(start + step, length)) for start in range(0, length, step)]
+def _multiply(
+    backward: bool,
+    activations: Tensor,
+    packed: Packed,
+    low_rank: tuple[Tensor, Tensor] | None = None,
+    bias: Tensor | None = None,
+) -> Tensor:
+    """activations times Wᵀ (or W, backward), plus hidden times factor, plus bias."""
+    features = packed.in_features if backward else packed.out_features
+    out = torch.empty((activations.shape[0], features), dtype=activations.dtype)
+    if activations.dtype == torch.float64:
+        return _multiply_float64(backward, activations, packed, low_rank, bias, out)
+    if low_rank is not None:
+        hidden, factor = low_rank
+        # Kept until the call is over: a capsule of a temporary copy keeps the copy alive.
+        low_rank_argument = (
+            to_dlpack(hidden.contiguous()),
+            to_dlpack(factor.contiguous()),
+            hidden.shape[1],
+        )
+    _rust.multiply(
+        backward,
+        to_dlpack(activations),
+        activations.shape[0],
+        packed.capsules(),
+        (packed.out_features, packed.in_features),
+        packed.block_size,
+        None if low_rank is None else low_rank_argument,
+        None if bias is None else to_dlpack(bias.contiguous()),
+        to_dlpack(out),
+        torch.get_num_threads(),
+    )
+    return out
+
+
+def _multiply_float64(
+    backward: bool,
+    activations: Tensor,
+    packed: Packed,
+    low_rank: tuple[Tensor, Tensor] | None,
+    bias: Tensor | None,
+    out: Tensor,
+) -> Tensor:
+    rows, columns = packed.out_features, packed.in_features
+    step = max(TILE_WEIGHTS // max(columns if not backward else rows, 1), 1)
+    for start in range(0, out.shape[1], step):
+        end = min(start + step, out.shape[1])
+        if backward:
+            tile = dequantize_tile(packed, (0, rows), (start, end), out.dtype)
+        else:
+            tile = dequantize_tile(packed, (start, end), (0, columns), out.dtype).t()
+        torch.mm(activations, tile, out=out[:, start:end])
+    if low_rank is not None:
+        hidden, factor = low_rank
+        out.addmm_(hidden, factor if backward else factor.t())
+    return out if bias is None else out.add_(bias)
 
 
 def linear(x: Tensor, packed: Packed, bias: Tensor | None) -> Tensor:
     """y [tokens, out] = x [tokens, in] Wᵀ + bias."""
-    y = torch.empty((x.shape[0], packed.out_features), dtype=x.dtype)
-    if x.shape[0] <= FUSED_ROWS[x.dtype]:
-        _rust.linear(
-            to_dlpack(x),
-            x.shape[0],
-            packed.capsules(),
-            (packed.out_features, packed.in_features),
-            packed.block_size,
-            None if bias is None else to_dlpack(bias),
-            to_dlpack(y),
-            torch.get_num_threads(),
-        )
-        return y
-    columns = (0, packed.in_features)
-    for rows in _tiles(packed.out_features, packed.in_features, 32):
-        tile = dequantize_tile(packed, rows, columns, x.dtype)
-        torch.mm(x, tile.t(), out=y[:, rows[0] : rows[1]])
-    return y if bias is None else y.add_(bias)
+    return _multiply(False, x, packed, bias=bias)
 
 
 def linear_backward(grad: Tensor, packed: Packed) -> Tensor:
     """dX [tokens, in] = dY [tokens, out] W, from the same bytes: no transposed copy."""
-    grad_x = torch.empty((grad.shape[0], packed.in_features), dtype=grad.dtype)
-    rows = (0, packed.out_features)
-    for columns in _tiles(packed.in_features, packed.out_features, packed.block_size):
-        tile = dequantize_tile(packed, rows, columns, grad.dtype)
-        torch.mm(grad, tile, out=grad_x[:, columns[0] : columns[1]])
-    return grad_x
+    return _multiply(True, grad, packed)
 
 
 def lora_linear(
     x: Tensor, packed: Packed, lora_a: Tensor, lora_b: Tensor, scaling: float, bias: Tensor | None
 ) -> Tensor:
     """y = x Wᵀ + scaling (x Aᵀ) Bᵀ + bias, the low-rank part in x's precision."""
-    y = linear(x, packed, bias)
-    hidden = x @ lora_a.to(x.dtype).t()
-    return y.addmm_(hidden, lora_b.to(x.dtype).t(), alpha=scaling)
+    hidden = (x @ lora_a.to(x.dtype).t()).mul_(scaling)
+    return _multiply(False, x, packed, (hidden, lora_b.to(x.dtype)), bias)
 
 
 def lora_linear_backward(
@@ -131,7 +157,7 @@ def lora_linear_backward(
     """dX = dY W + scaling (dY B) A, dA = scaling (dY B)ᵀ x, dB = scaling dYᵀ (x Aᵀ)."""
     a, b = lora_a.to(x.dtype), lora_b.to(x.dtype)
     grad_hidden = (grad @ b).mul_(scaling)
-    grad_x = linear_backward(grad, packed).addmm_(grad_hidden, a)
+    grad_x = _multiply(True, grad, packed, (grad_hidden, a))
     grad_a = grad_hidden.t() @ x
     # x Aᵀ is computed again rather than kept: r / out_features of the product's work.
     grad_b = (grad.t() @ (x @ a.t())).mul_(scaling)

@@ -3,8 +3,10 @@
 use super::arguments::{Argument, Scalar};
 use crate::codebook::{DYNAMIC_MAP, LEVELS};
 use crate::element::Element;
+use crate::gemm::{Direction, LowRank, Product};
+use crate::matmul::{self, Activation};
 use crate::packed_matrix::{PackedMatrix, Scales};
-use crate::{dequantize as decode, double_quantize as nested, matmul, quantize as encode, simd};
+use crate::{dequantize as decode, double_quantize as nested, quantize as encode, simd};
 use half::{bf16, f16};
 use pyo3::prelude::*;
 use pyo3::types::PyCapsule;
@@ -173,37 +175,71 @@ pub fn dequantize(
     }
 }
 
-/// y = x Wᵀ + bias for `tokens` rows of x, into `y`.
+/// `tokens` rows of activations times the packed matrix, plus a low-rank part and a bias, into `out`.
+///
+/// Forward: x Wᵀ + hidden Bᵀ + bias. Backward: dY W + hidden A. `low_rank` is (hidden, factor, rank).
 #[pyfunction]
-pub fn linear(
+pub fn multiply(
     py: Python<'_>,
-    x: &Capsule<'_>,
+    backward: bool,
+    activations: &Capsule<'_>,
     tokens: usize,
     packed: Packed<'_>,
     shape: (usize, usize),
     block_size: usize,
+    low_rank: Option<(Capsule<'_>, Capsule<'_>, usize)>,
     bias: Option<Capsule<'_>>,
-    y: &Capsule<'_>,
+    out: &Capsule<'_>,
     threads: usize,
 ) -> PyResult<()> {
     let packed = PackedArguments::new(&packed)?;
-    let matrix = packed.matrix(shape, block_size)?;
-    let (x, y) = (Argument::new("x", x)?, Argument::new("y", y)?);
-    let bias = bias.map(|bias| Argument::new("bias", &bias)).transpose()?;
-    return for_element!(x, run(py, &x, tokens, &matrix, bias.as_ref(), y, threads));
+    let operands = Operands {
+        direction: if backward { Direction::Backward } else { Direction::Forward },
+        matrix: packed.matrix(shape, block_size)?,
+        activations: Argument::new("activations", activations)?,
+        tokens,
+        low_rank: match low_rank {
+            Some((hidden, factor, rank)) => {
+                Some((Argument::new("hidden", &hidden)?, Argument::new("factor", &factor)?, rank))
+            }
+            None => None,
+        },
+        bias: bias.map(|bias| Argument::new("bias", &bias)).transpose()?,
+    };
+    let out = Argument::new("out", out)?;
+    return for_element!(out, run(py, &operands, out, threads));
 
-    fn run<T: Element + Scalar>(
+    fn run<T: Activation + Scalar>(
         py: Python<'_>,
-        x: &Argument<'_>,
-        tokens: usize,
-        matrix: &PackedMatrix<'_>,
-        bias: Option<&Argument<'_>>,
-        mut y: Argument<'_>,
+        operands: &Operands<'_, '_>,
+        mut out: Argument<'_>,
         threads: usize,
     ) -> PyResult<()> {
-        let kernels = simd::kernels()?;
-        let bias = bias.map(Argument::slice::<T>).transpose()?;
-        let (x, y) = (x.slice::<T>()?, y.slice_mut::<T>()?);
-        Ok(py.detach(|| matmul::linear(kernels, x, tokens, matrix, bias, y, threads))?)
+        let low_rank = match &operands.low_rank {
+            Some((hidden, factor, rank)) => {
+                Some(LowRank { hidden: hidden.slice::<T>()?, factor: factor.slice::<T>()?, rank: *rank })
+            }
+            None => None,
+        };
+        let product = Product {
+            direction: operands.direction,
+            matrix: operands.matrix,
+            activations: operands.activations.slice::<T>()?,
+            tokens: operands.tokens,
+            low_rank,
+            bias: operands.bias.as_ref().map(Argument::slice::<T>).transpose()?,
+        };
+        let (kernels, out) = (simd::kernels()?, out.slice_mut::<T>()?);
+        Ok(py.detach(|| matmul::write(&product, kernels, out, threads))?)
     }
+}
+
+/// The operands of a product before their element type is known.
+struct Operands<'a, 'py> {
+    direction: Direction,
+    matrix: PackedMatrix<'a>,
+    activations: Argument<'py>,
+    tokens: usize,
+    low_rank: Option<(Argument<'py>, Argument<'py>, usize)>,
+    bias: Option<Argument<'py>>,
 }

@@ -3,7 +3,7 @@
 //! All functions here are reached through [`KERNELS`] alone, and [`detect`] hands that table out
 //! only where the CPU has the features: that is the argument of every `unsafe` call below.
 
-use super::{Kernels, PREPARED_MULTIPLE, Strip, portable};
+use super::{Kernels, PREPARED_MULTIPLE, Strip, avx2_gemm, portable};
 use crate::codebook::{BOUNDARIES, LEVELS};
 use crate::quantize::SMALLEST_ABSMAX;
 use half::{bf16, f16};
@@ -35,6 +35,15 @@ static KERNELS: Kernels = Kernels {
     prepare_f32: portable::KERNELS.prepare_f32,
     // SAFETY: as above.
     linear_f32: |x, strip, out| unsafe { linear_f32(x, strip, out) },
+    // SAFETY: as above.
+    multiply_f32: |block, sums| unsafe { avx2_gemm::multiply_f32(block, sums) },
+    // SAFETY: as above.
+    multiply_bf16: |block, sums| unsafe { avx2_gemm::multiply_bf16(block, sums) },
+    transpose: portable::KERNELS.transpose,
+    interleave: portable::KERNELS.interleave,
+    // SAFETY: as above.
+    narrow_bf16: |values, out| unsafe { avx2_gemm::narrow_bf16(values, out) },
+    few_rows: [6, 6],
     bf16: None,
 };
 

@@ -3,7 +3,7 @@
 //! All functions here are reached through [`KERNELS`] alone, and [`detect`] hands that table out
 //! only where the CPU has the features: that is the argument of every `unsafe` call below.
 
-use super::{Kernels, avx512_linear, portable};
+use super::{Kernels, avx2_gemm, avx512_gemm, avx512_linear, portable};
 use crate::codebook::{BOUNDARIES, LEVELS};
 use crate::quantize::SMALLEST_ABSMAX;
 use half::{bf16, f16};
@@ -38,10 +38,23 @@ static KERNELS: Kernels = Kernels {
     prepare_f32: avx512_linear::prepare_f32,
     // SAFETY: as above.
     linear_f32: |x, strip, out| unsafe { avx512_linear::linear_f32(x, strip, out) },
+    // SAFETY: as above.
+    multiply_f32: |block, sums| unsafe { avx512_gemm::multiply_f32(block, sums) },
+    // SAFETY: as above; AVX-512 includes AVX2 and FMA.
+    multiply_bf16: |block, sums| unsafe { avx2_gemm::multiply_bf16(block, sums) },
+    // SAFETY: as above.
+    transpose: |tile| unsafe { avx512_gemm::transpose(tile) },
+    // SAFETY: as above.
+    interleave: |even, odd, out| unsafe { avx512_gemm::interleave(even, odd, out) },
+    // SAFETY: as above.
+    narrow_bf16: |values, out| unsafe { avx512_gemm::narrow_bf16(values, out) },
+    few_rows: [8, 8],
     bf16: None,
 };
 
-static KERNELS_WITH_BF16: Kernels = Kernels {
+pub(super) static KERNELS_WITH_BF16: Kernels = Kernels {
+    // SAFETY: as above, with avx512bf16.
+    multiply_bf16: |block, sums| unsafe { avx512_gemm::multiply_bf16(block, sums) },
     bf16: Some(super::Bf16Kernels {
         prepare: avx512_linear::prepare_bf16,
         // SAFETY: as above, with avx512bf16.

@@ -144,7 +144,7 @@ fn a_path_is_forced_by_name_and_refused_by_sentence() {
     assert_eq!(choose(Some("portable")).expect("always there").name, "portable");
     assert_eq!(choose(None), choose(Some("")));
     let refused = choose(Some("sse9")).expect_err("no such path").to_string();
-    assert!(refused.contains("sse9") && refused.contains("portable, avx2 or avx512"));
+    assert!(refused.contains("sse9") && refused.contains("portable, avx2, avx512 or amx"));
 }
 
 impl PartialEq for Kernels {

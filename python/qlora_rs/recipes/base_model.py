@@ -194,7 +194,9 @@ def model_identity(path: str | Path) -> str:
     70 GB model takes no longer than a small one. It is a guard against mistakes, not malice.
     """
     path = Path(path).expanduser()
-    files = [path] if path.is_file() else sorted([*path.glob("*.safetensors"), path / "config.json"])
+    files = [path]
+    if path.is_dir():
+        files = [*sorted(path.glob("*.safetensors")), path / "config.json"]
     digest = sha256()
     for file in files:
         length = file.stat().st_size
@@ -227,6 +229,10 @@ def quiet_libraries() -> Iterator[None]:
     """
     from transformers.utils import logging as library_logging
 
+    # peft imports bitsandbytes where it is installed, which warns of a kernel we never use.
+    unused = logging.getLogger("bitsandbytes")
+    unused_level = unused.level
+    unused.setLevel(logging.ERROR)
     verbosity = library_logging.get_verbosity()
     bars = library_logging.is_progress_bar_enabled()
     library_logging.set_verbosity(max(verbosity, logging.WARNING))
@@ -239,6 +245,7 @@ def quiet_libraries() -> Iterator[None]:
         if bars:
             library_logging.enable_progress_bar()
         restore_datasets()
+        unused.setLevel(unused_level)
 
 
 def _hide_dataset_bars() -> Any:

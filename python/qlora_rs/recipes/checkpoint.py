@@ -239,7 +239,8 @@ def load_random_state(path: Path) -> None:
     version, internal, gauss = plain["python_rng"]
     random.setstate((version, tuple(internal), gauss))
     keys = generators["numpy"].numpy().astype(numpy.uint32)
-    numpy.random.set_state({**plain["numpy_rng"], "state": {**plain["numpy_rng"]["state"], "key": keys}})
+    state = plain["numpy_rng"]
+    numpy.random.set_state({**state, "state": {**state["state"], "key": keys}})
 
 
 def _numpy_state() -> dict[str, Any]:

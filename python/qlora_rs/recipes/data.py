@@ -161,7 +161,8 @@ def _parse_json(raw: bytes | str) -> Any:
                 f"byte {error.start + 1} of the line is not UTF-8; save the file again as UTF-8"
             ) from None
     try:
-        return json.loads(raw)
+        # Without its line end, which would count as a second line in the error's column.
+        return json.loads(raw.rstrip())
     except json.JSONDecodeError as error:
         raise LineError(f"not valid JSON at column {error.colno} ({error.msg})") from None
     except (RecursionError, ValueError) as error:  # nested too deep, or an integer too long
@@ -242,7 +243,7 @@ def _names(fields: Iterable[str]) -> str:
 
 
 def write_examples(path: str | Path, examples: Iterable[Example]) -> None:
-    """Write examples as JSONL that ``read_examples`` reads back; the file is replaced atomically."""
+    """Write examples as JSONL that ``read_examples`` reads back; a file there is replaced."""
     from qlora_rs.recipes.output_folder import write_text
 
     lines = (json.dumps({"messages": e.chat()}, ensure_ascii=False) for e in examples)

@@ -51,9 +51,7 @@ class EncodedData:
     @property
     def answer_tokens(self) -> int:
         """Number of tokens that the loss sees."""
-        return sum(
-            label != IGNORED for example in self.examples for label in example.labels[1:]
-        )
+        return sum(label != IGNORED for example in self.examples for label in example.labels[1:])
 
 
 def encode_examples(
@@ -138,8 +136,10 @@ def _render(example: Example, tokenizer: Any) -> tuple[str, list[tuple[int, int]
             continue
         last = place == len(chat) - 1
         before = _apply_template(tokenizer, chat[:place], example, generation_prompt=True)
-        until = text if last else _apply_template(
-            tokenizer, chat[: place + 1], example, generation_prompt=False
+        until = (
+            text
+            if last
+            else _apply_template(tokenizer, chat[: place + 1], example, generation_prompt=False)
         )
         if text.startswith(before) and text.startswith(until):
             spans.append((len(before), len(until)))

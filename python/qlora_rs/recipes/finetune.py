@@ -90,7 +90,7 @@ def finetune(
     with folder.lock(output):
         if not resume:
             folder.refuse_existing(output, overwrite)  # again, now that nobody else can write
-            folder.clear_run(output)
+            folder.clear(output)
             folder.write_json(output / folder.RUN_FILE, record)
         run = _Run(settings, output, base, encoded, encoded_held_out, float_bytes, progress)
         return run.carry_out(resume, on_ready)
@@ -284,7 +284,9 @@ def require_training_libraries() -> None:
     base_model.import_transformers()
     try:
         import datasets  # noqa: F401
-        import trl  # noqa: F401
+
+        with base_model.quiet_libraries():
+            from trl import SFTTrainer  # noqa: F401  (trl itself imports lazily)
     except ImportError as error:
         raise QloraError(
             f'fine-tuning needs trl and datasets ({error}): pip install "qlora_rs[train]"'
@@ -308,9 +310,7 @@ def _split(
     return train, [examples[place] for place in sorted(held_out)]
 
 
-def _say_what_was_cut(
-    encoded: EncodedData, settings: FinetuneSettings, progress: Progress
-) -> None:
+def _say_what_was_cut(encoded: EncodedData, settings: FinetuneSettings, progress: Progress) -> None:
     if encoded.shortened or encoded.dropped:
         progress.warn(
             f"{encoded.shortened} examples were cut to {settings.max_length} tokens and "
@@ -337,7 +337,7 @@ def _run_record(settings: FinetuneSettings, data: TrainingData) -> dict[str, Any
         for name in ("model", "data", "output")
     }
     return {
-        "format": folder.RUN_FORMAT,
+        "format": folder.RUN.format,
         "settings": replace(settings, **paths).to_json(),
         "data_sha256": data.sha256,
         "model_identity": base_model.model_identity(settings.model),
@@ -355,7 +355,7 @@ def _run_record(settings: FinetuneSettings, data: TrainingData) -> dict[str, Any
 def settings_of_run(output: str | Path) -> FinetuneSettings:
     """Read the settings of the run in ``output``, to resume it without repeating its options."""
     output = Path(output).expanduser()
-    if not folder.is_run(output):
+    if not folder.is_ours(output):
         raise QloraError(
             f"{output} holds no fine-tuning run to resume (no {folder.RUN_FILE} of ours); start "
             "one without --resume"
@@ -378,8 +378,9 @@ def _check_same_run(output: Path, record: dict[str, Any], progress: Progress) ->
         # Files may have moved; their digests below say whether they are the same.
         if name not in ("model", "data", "output") and value != earlier["settings"][name]:
             raise QloraError(
-                f"{option(name)} was {earlier['settings'][name]} when the run in {output} began and "
-                f"is {value} now; resume it without {option(name)}, or start again with --overwrite"
+                f"{option(name)} was {earlier['settings'][name]} when the run in {output} began "
+                f"and is {value} now; resume it without {option(name)}, or start again with "
+                "--overwrite"
             )
     for key, what, settings_name in (
         ("data_sha256", "the training data", "data"),

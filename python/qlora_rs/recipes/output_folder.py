@@ -18,6 +18,7 @@ import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,12 +28,28 @@ from qlora_rs.files import write_atomically
 RUN_FILE, SUMMARY_FILE, LOG_FILE = "run.json", "summary.json", "log.jsonl"
 LOSS_FILE, ADAPTER_FOLDER, CHECKPOINT_FOLDER = "loss.png", "adapter", "checkpoints"
 LOCK_FILE = ".lock"
-OURS = (RUN_FILE, SUMMARY_FILE, LOG_FILE, LOSS_FILE, ADAPTER_FOLDER, CHECKPOINT_FOLDER, LOCK_FILE)
-RUN_FORMAT = "qlora_rs finetune run, version 1"
+
+
+@dataclass(frozen=True)
+class FolderKind:
+    """How to tell a folder that a command of ours made, and all that the command puts there."""
+
+    command: str
+    marker: str
+    format: str
+    names: tuple[str, ...]
+
+
+RUN = FolderKind(
+    "finetune",
+    RUN_FILE,
+    "qlora_rs finetune run, version 1",
+    (RUN_FILE, SUMMARY_FILE, LOG_FILE, LOSS_FILE, ADAPTER_FOLDER, CHECKPOINT_FOLDER),
+)
 
 
 def write_text(path: Path, text: str) -> None:
-    """Replace ``path`` by ``text`` (UTF-8) so that a reader, or a crash, sees the old or the new."""
+    """Replace ``path`` by ``text`` (UTF-8); a reader, or a crash, sees the old or the new."""
     write_atomically(path, text.encode("utf-8"))
 
 
@@ -54,53 +71,56 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def refuse_existing(output: Path, overwrite: bool) -> None:
+def refuse_existing(output: Path, overwrite: bool, kind: FolderKind = RUN) -> None:
     """Check that a new run may take ``output``; changes nothing.
 
     An absent or empty folder is free. A used one needs ``overwrite`` and must have been made by
-    a fine-tuning run, with nothing else in it: this is the only code that deletes user folders.
+    the same command, with nothing else in it: this guards the only code that deletes user folders.
     """
     if output.is_symlink() or (output.exists() and not output.is_dir()):
         raise QloraError(f"{output} exists and is not a directory; choose another --output")
-    entries = sorted(os.listdir(output)) if output.exists() else []
-    if not [name for name in entries if name != LOCK_FILE]:
+    entries = sorted(set(os.listdir(output)) - {LOCK_FILE}) if output.exists() else []
+    if not entries:
         return
     if not overwrite:
-        remedy = "--resume to continue it, --overwrite to start again, or another --output"
-        raise QloraError(f"{output} exists and holds {len(entries)} entries; use {remedy}")
-    if not is_run(output):
+        ways = ["--overwrite to start again", "or another --output"]
+        if kind is RUN and is_ours(output):
+            ways.insert(0, "--resume to continue it")
+        found = f"{len(entries)} " + ("entry" if len(entries) == 1 else "entries")
+        raise QloraError(f"{output} exists and holds {found}; use {', '.join(ways)}")
+    if not is_ours(output, kind):
         raise QloraError(
-            f"{output} was not made by qlora-rs finetune (no {RUN_FILE} of ours), so --overwrite "
-            "will not delete it; remove it yourself or choose another --output"
+            f"{output} was not made by qlora-rs {kind.command} (no {kind.marker} of ours), so "
+            "--overwrite will not delete it; remove it yourself or choose another --output"
         )
-    foreign = [name for name in entries if name not in OURS and not _is_temporary(name)]
+    foreign = [name for name in entries if name not in kind.names and not _is_temporary(name)]
     if foreign:
         raise QloraError(
-            f"{output} also holds {', '.join(foreign[:5])}, which a run does not write, so "
-            "--overwrite will not delete it; move that away or choose another --output"
+            f"{output} also holds {', '.join(foreign[:5])}, which qlora-rs {kind.command} does not "
+            "write, so --overwrite will not delete it; move that away or choose another --output"
         )
 
 
 def _is_temporary(name: str) -> bool:
-    """Say whether ``name`` is what a killed write or checkpoint leaves behind."""
+    """Say whether ``name`` is what a killed write leaves behind."""
     return name.startswith(".") and name.endswith(".tmp")
 
 
-def is_run(output: Path) -> bool:
-    """Say whether ``output`` is the folder of a fine-tuning run."""
+def is_ours(output: Path, kind: FolderKind = RUN) -> bool:
+    """Say whether ``output`` is a folder that the command ``kind`` made."""
     try:
-        return read_json(output / RUN_FILE).get("format") == RUN_FORMAT
+        return read_json(output / kind.marker).get("format") == kind.format
     except QloraError:
         return False
 
 
-def clear_run(output: Path) -> None:
-    """Delete what an earlier run wrote. Call ``refuse_existing(output, overwrite=True)`` first.
+def clear(output: Path, kind: FolderKind = RUN) -> None:
+    """Delete what an earlier run wrote. Call ``refuse_existing(output, True, kind)`` first.
 
-    The run file goes last, so that an interrupted deletion can be repeated.
+    The marker goes last, so that an interrupted deletion can be repeated.
     """
-    names = [name for name in os.listdir(output) if name not in (RUN_FILE, LOCK_FILE)]
-    for name in [*names, RUN_FILE]:
+    names = [name for name in os.listdir(output) if name not in (kind.marker, LOCK_FILE)]
+    for name in [*names, kind.marker]:
         path = output / name
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)

@@ -102,13 +102,14 @@ def size(count: float) -> str:
     >>> size(269_030_016), size(512)
     ('269.0 MB', '512 B')
     """
-    for unit in ("B", "kB", "MB", "GB"):
-        if abs(count) < 1000:
-            break
-        count /= 1000
-    else:
-        unit = "TB"
-    return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+    if abs(count) < 1000:
+        return f"{count:.0f} B"
+    units = iter(("kB", "MB", "GB", "TB"))
+    unit = next(units)
+    count /= 1000
+    while abs(count) >= 999.95:
+        count, unit = count / 1000, next(units)
+    return f"{count:.1f} {unit}"
 
 
 class StopRequest:

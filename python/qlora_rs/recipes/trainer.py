@@ -80,6 +80,11 @@ class AnswerTrainer(SFTTrainer):
     on_checkpoint: called with each checkpoint's path after it is on disk.
     """
 
+    # The libraries declare these optional; a trainer that trains has them.
+    model: Any
+    optimizer: Any
+    args: Any
+
     def __init__(
         self,
         *args: Any,

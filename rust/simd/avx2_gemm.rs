@@ -1,0 +1,82 @@
+//! AVX2 and FMA: microkernels on panels, layout in `gemm/tile.rs`.
+//!
+//! Four rows by 16 columns of sums stay in eight registers. A bf16 word is split into its two
+//! values as f32: the upper one by a mask, the lower one by a shift.
+
+use crate::gemm::tile::{Block, SIDE, Tile};
+use half::bf16;
+use std::arch::x86_64::*;
+
+/// Rows of sums in registers.
+const ROWS: usize = 4;
+
+macro_rules! define_multiply {
+    ($name:ident, $half:ident, $multiply_add:expr) => {
+        #[target_feature(enable = "avx2,fma")]
+        pub(super) fn $name(block: &Block<'_>, sums: &mut [Tile]) {
+            block.for_each_pair(sums, |left, right, sums, rows, columns| {
+                for half in 0..columns.div_ceil(SIDE) {
+                    for first in (0..rows).step_by(ROWS) {
+                        $half(left, right, &mut sums[first / SIDE * 2 + half], half, first);
+                    }
+                }
+            });
+        }
+
+        #[inline]
+        #[target_feature(enable = "avx2,fma")]
+        fn $half(left: &[Tile], right: &[Tile], sums: &mut Tile, half: usize, first: usize) {
+            let (left_half, first) = (first / SIDE, first % SIDE);
+            let mut registers = [[_mm256_setzero_ps(); 2]; ROWS];
+            for (r, registers) in registers.iter_mut().enumerate() {
+                let row = &sums.0[first + r];
+                // SAFETY: two vectors of 8 words are read from a row of 16.
+                unsafe {
+                    registers[0] = _mm256_load_ps(row.as_ptr().cast());
+                    registers[1] = _mm256_load_ps(row.as_ptr().add(8).cast());
+                }
+            }
+            for (left, right) in left.as_chunks::<2>().0.iter().zip(right.as_chunks::<2>().0) {
+                let Some(rows) = left[left_half].0[first..].first_chunk::<ROWS>() else { return };
+                for word in 0..SIDE {
+                    let row = &right[half].0[word];
+                    // SAFETY: two vectors of 8 words are read from a row of 16.
+                    let columns = unsafe {
+                        [_mm256_load_ps(row.as_ptr().cast()), _mm256_load_ps(row.as_ptr().add(8).cast())]
+                    };
+                    for r in 0..ROWS {
+                        let value = _mm256_set1_ps(f32::from_bits(rows[r][word]));
+                        for c in 0..2 {
+                            registers[r][c] = $multiply_add(registers[r][c], value, columns[c]);
+                        }
+                    }
+                }
+            }
+            for (r, registers) in registers.iter().enumerate() {
+                let row = &mut sums.0[first + r];
+                // SAFETY: two vectors of 8 words are written to a row of 16.
+                unsafe {
+                    _mm256_store_ps(row.as_mut_ptr().cast(), registers[0]);
+                    _mm256_store_ps(row.as_mut_ptr().add(8).cast(), registers[1]);
+                }
+            }
+        }
+    };
+}
+
+define_multiply!(multiply_f32, half_f32, |sum, value, column| _mm256_fmadd_ps(value, column, sum));
+
+define_multiply!(multiply_bf16, half_bf16, |sum, value, column| {
+    let upper = _mm256_castsi256_ps(_mm256_set1_epi32(0xffff_0000_u32 as i32));
+    let low = |v| _mm256_castsi256_ps(_mm256_slli_epi32::<16>(_mm256_castps_si256(v)));
+    let sum = _mm256_fmadd_ps(low(value), low(column), sum);
+    _mm256_fmadd_ps(_mm256_and_ps(value, upper), _mm256_and_ps(column, upper), sum)
+});
+
+#[target_feature(enable = "avx2")]
+pub(super) fn narrow_bf16(values: &[f32], out: &mut [bf16]) {
+    // `half` rounds without branches but for NaN; the compiler vectorizes this loop.
+    for (value, out) in values.iter().zip(out) {
+        *out = bf16::from_f32(*value);
+    }
+}

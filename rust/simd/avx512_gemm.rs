@@ -1,0 +1,151 @@
+//! AVX-512: microkernels on panels (layout in `gemm/tile.rs`) and what packs them.
+//!
+//! Eight rows by 32 columns of sums stay in 16 registers while the panels' steps go by; a word of
+//! the left operand is broadcast, a row of the right one is two vectors.
+
+use crate::gemm::tile::{Block, SIDE, Tile};
+use half::bf16;
+use std::arch::x86_64::*;
+
+/// Rows of sums in registers.
+const ROWS: usize = 8;
+
+macro_rules! define_multiply {
+    ($name:ident, $features:literal, $pair:ident, $multiply_add:expr) => {
+        #[target_feature(enable = $features)]
+        pub(super) fn $name(block: &Block<'_>, sums: &mut [Tile]) {
+            block.for_each_pair(sums, |left, right, sums, rows, columns| {
+                for first in (0..rows).step_by(ROWS) {
+                    if columns > SIDE {
+                        $pair::<2>(left, right, sums, first);
+                    } else {
+                        $pair::<1>(left, right, sums, first);
+                    }
+                }
+            });
+        }
+
+        #[inline]
+        #[target_feature(enable = $features)]
+        fn $pair<const HALVES: usize>(left: &[Tile], right: &[Tile], sums: &mut [Tile; 4], first: usize) {
+            let (left_half, first) = (first / SIDE, first % SIDE);
+            let mut registers = [[_mm512_setzero_ps(); HALVES]; ROWS];
+            for (r, registers) in registers.iter_mut().enumerate() {
+                for (h, register) in registers.iter_mut().enumerate() {
+                    let row = &sums[left_half * 2 + h].0[first + r];
+                    // SAFETY: the row holds the 16 words that are read.
+                    *register = unsafe { _mm512_load_ps(row.as_ptr().cast()) };
+                }
+            }
+            for (left, right) in left.as_chunks::<2>().0.iter().zip(right.as_chunks::<2>().0) {
+                let Some(rows) = left[left_half].0[first..].first_chunk::<ROWS>() else { return };
+                for word in 0..SIDE {
+                    let mut columns = [_mm512_setzero_ps(); HALVES];
+                    for (h, columns) in columns.iter_mut().enumerate() {
+                        // SAFETY: the row holds the 16 words that are read.
+                        *columns = unsafe { _mm512_load_ps(right[h].0[word].as_ptr().cast()) };
+                    }
+                    for r in 0..ROWS {
+                        let value = _mm512_set1_ps(f32::from_bits(rows[r][word]));
+                        for h in 0..HALVES {
+                            registers[r][h] = $multiply_add(registers[r][h], value, columns[h]);
+                        }
+                    }
+                }
+            }
+            for (r, registers) in registers.iter().enumerate() {
+                for (h, register) in registers.iter().enumerate() {
+                    let row = &mut sums[left_half * 2 + h].0[first + r];
+                    // SAFETY: the row holds the 16 words that are written.
+                    unsafe { _mm512_store_ps(row.as_mut_ptr().cast(), *register) };
+                }
+            }
+        }
+    };
+}
+
+define_multiply!(multiply_f32, "avx512f,avx512bw,avx512vl,avx512dq,fma", pair_f32, |sum, value, column| {
+    _mm512_fmadd_ps(value, column, sum)
+});
+
+define_multiply!(
+    multiply_bf16,
+    "avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,fma",
+    pair_bf16,
+    |sum, value, column| {
+        // SAFETY: all are 512 plain bits.
+        let (value, column) = unsafe {
+            (std::mem::transmute::<__m512, __m512bh>(value), std::mem::transmute::<__m512, __m512bh>(column))
+        };
+        _mm512_dpbf16_ps(sum, value, column)
+    }
+);
+
+/// Rows and columns swapped in four rounds: words, pairs, then groups of four and eight.
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq")]
+pub(super) fn transpose(tile: &mut Tile) {
+    let mut rows = [_mm512_setzero_si512(); SIDE];
+    for (row, words) in rows.iter_mut().zip(&tile.0) {
+        // SAFETY: a row holds the 16 words that are read.
+        *row = unsafe { _mm512_load_si512(words.as_ptr().cast()) };
+    }
+    let mut next = rows;
+    for i in 0..8 {
+        next[2 * i] = _mm512_unpacklo_epi32(rows[2 * i], rows[2 * i + 1]);
+        next[2 * i + 1] = _mm512_unpackhi_epi32(rows[2 * i], rows[2 * i + 1]);
+    }
+    for i in 0..4 {
+        for j in 0..2 {
+            let (a, b) = (next[4 * i + j], next[4 * i + 2 + j]);
+            rows[4 * i + 2 * j] = _mm512_unpacklo_epi64(a, b);
+            rows[4 * i + 2 * j + 1] = _mm512_unpackhi_epi64(a, b);
+        }
+    }
+    // rows[4 i + c] now holds, in each 128-bit lane l, column 4 l + c of rows 4 i .. 4 i + 3.
+    for c in 0..4 {
+        let low = _mm512_shuffle_i32x4::<0b1000_1000>(rows[c], rows[4 + c]);
+        let high = _mm512_shuffle_i32x4::<0b1101_1101>(rows[c], rows[4 + c]);
+        let low_2 = _mm512_shuffle_i32x4::<0b1000_1000>(rows[8 + c], rows[12 + c]);
+        let high_2 = _mm512_shuffle_i32x4::<0b1101_1101>(rows[8 + c], rows[12 + c]);
+        next[c] = _mm512_shuffle_i32x4::<0b1000_1000>(low, low_2);
+        next[8 + c] = _mm512_shuffle_i32x4::<0b1101_1101>(low, low_2);
+        next[4 + c] = _mm512_shuffle_i32x4::<0b1000_1000>(high, high_2);
+        next[12 + c] = _mm512_shuffle_i32x4::<0b1101_1101>(high, high_2);
+    }
+    for (row, words) in next.iter().zip(&mut tile.0) {
+        // SAFETY: a row holds the 16 words that are written.
+        unsafe { _mm512_store_si512(words.as_mut_ptr().cast(), *row) };
+    }
+}
+
+#[target_feature(enable = "avx512f,avx512bw,avx512vl")]
+pub(super) fn interleave(even: &[bf16; 16], odd: &[bf16; 16], out: &mut [u32; 16]) {
+    // SAFETY: 16 values of 16 bits are read from each array, 16 words are written.
+    unsafe {
+        let low = _mm512_cvtepu16_epi32(_mm256_loadu_si256(even.as_ptr().cast()));
+        let high = _mm512_cvtepu16_epi32(_mm256_loadu_si256(odd.as_ptr().cast()));
+        _mm512_storeu_si512(out.as_mut_ptr().cast(), _mm512_or_si512(low, _mm512_slli_epi32::<16>(high)));
+    }
+}
+
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq")]
+pub(super) fn narrow_bf16(values: &[f32], out: &mut [bf16]) {
+    let (values, values_tail) = values.as_chunks::<16>();
+    let (out, out_tail) = out.as_chunks_mut::<16>();
+    for (values, out) in values.iter().zip(out) {
+        // SAFETY: 16 floats are read, 16 values of 16 bits are written.
+        unsafe {
+            let value = _mm512_loadu_ps(values.as_ptr());
+            let bits = _mm512_castps_si512(value);
+            let odd = _mm512_and_si512(_mm512_srli_epi32::<16>(bits), _mm512_set1_epi32(1));
+            let rounded = _mm512_add_epi32(_mm512_add_epi32(bits, odd), _mm512_set1_epi32(0x7fff));
+            // NaN must stay NaN: set a bit that survives the cut.
+            let nan = _mm512_cmp_ps_mask::<_CMP_UNORD_Q>(value, value);
+            let quiet = _mm512_or_si512(bits, _mm512_set1_epi32(0x40_0000));
+            let chosen = _mm512_mask_blend_epi32(nan, rounded, quiet);
+            let narrow = _mm512_cvtepi32_epi16(_mm512_srli_epi32::<16>(chosen));
+            _mm256_storeu_si256(out.as_mut_ptr().cast(), narrow);
+        }
+    }
+    (super::portable::KERNELS.narrow_bf16)(values_tail, out_tail);
+}
