@@ -11,15 +11,17 @@
 //! second-level cache; a microkernel multiplies panel by panel. The low-rank operand is more of the
 //! summed dimension, so LoRA needs no second pass over y. Panels are made of tiles, see `tile.rs`.
 
+mod pack;
 pub mod tile;
 
-use crate::dequantize::dequantize_run;
 use crate::element::Element;
 use crate::error::Error;
+use crate::memory::{Scratch, advise_huge_pages};
 use crate::packed_matrix::PackedMatrix;
 use crate::parallel::{self, Columns};
 use crate::quantize::check_length;
 use crate::simd::Kernels;
+use std::ops::Range;
 use tile::{Block, PANEL, Packable, SIDE, Tile};
 
 /// Outputs of a block of decoded weights.
@@ -72,6 +74,19 @@ pub struct Product<'a, T> {
     pub bias: Option<&'a [T]>,
 }
 
+/// A piece of the summed dimension: at most [`BLOCK_STEPS`] steps.
+#[derive(Clone, Debug)]
+struct Span {
+    low_rank: bool,
+    depth: Range<usize>,
+}
+
+impl Span {
+    fn steps<T: Packable>(&self) -> usize {
+        self.depth.len().div_ceil(T::STEP)
+    }
+}
+
 impl<T: Element> Product<'_, T> {
     /// Elements of one row of the result.
     #[must_use]
@@ -119,11 +134,11 @@ impl<T: Packable> Product<'_, T> {
     /// [`Error::Operand`] when an operand has another length than the shapes ask for.
     pub fn write(&self, kernels: &Kernels, out: &mut [T], threads: usize) -> Result<(), Error> {
         self.check(out.len())?;
-        let (outputs, depth) = (self.outputs(), self.depth());
+        let outputs = self.outputs();
         if out.is_empty() {
             return Ok(());
         }
-        let steps = depth.div_ceil(T::STEP) + self.low_rank.map_or(0, |l| l.rank.div_ceil(T::STEP));
+        let steps: usize = self.spans().iter().map(Span::steps::<T>).sum();
         let panel_bytes = steps.max(1) * 2 * size_of::<Tile>();
         let panels = (BYTES_PER_THREAD * threads.max(1) / panel_bytes).clamp(1, MOST_TOKENS / PANEL);
         for (i, out) in out.chunks_mut(panels * PANEL * outputs).enumerate() {
@@ -135,27 +150,29 @@ impl<T: Packable> Product<'_, T> {
 
     /// The same for tokens `first..first + tokens`, few enough that they can be packed whole.
     fn write_tokens(&self, kernels: &Kernels, first: usize, tokens: usize, out: &mut [T], threads: usize) {
-        let (outputs, depth) = (self.outputs(), self.depth());
-        let main_steps = depth.div_ceil(T::STEP);
-        let steps = main_steps + self.low_rank.map_or(0, |l| l.rank.div_ceil(T::STEP));
+        let outputs = self.outputs();
         let panels = tokens.div_ceil(PANEL);
-        let mut activations = Tile::zeros(panels * steps * 2);
-        let chunks = activations.chunks_mut(steps * 2).enumerate();
-        parallel::for_each(chunks, threads, |(panel, tiles)| {
-            let rows = first + panel * PANEL..first + tokens.min((panel + 1) * PANEL);
-            let (main, extra) = tiles.split_at_mut(main_steps * 2);
-            self.pack(kernels, &self.activations[rows.start * depth..rows.end * depth], depth, main);
-            if let Some(LowRank { hidden, rank, .. }) = self.low_rank {
-                self.pack(kernels, &hidden[rows.start * rank..rows.end * rank], rank, extra);
-            }
-        });
-        let wide = outputs.div_ceil(4 * threads.max(1)).next_multiple_of(PANEL).min(BLOCK_OUTPUTS);
+        let spans = self.spans();
+        advise_huge_pages(out);
+        let steps: usize = spans.iter().map(Span::steps::<T>).sum();
+        let mut activations = Scratch::take(panels * steps * 2);
+        // A span's panels lie together: panels a power of two apart would share cache sets.
+        let mut rest = &mut activations[..];
+        let mut parts = Vec::with_capacity(spans.len());
+        for span in &spans {
+            let (part, after) = rest.split_at_mut(panels * span.steps::<T>() * 2);
+            parts.push((span, part));
+            rest = after;
+        }
+        parallel::for_each(parts, threads, |(span, part)| self.pack(kernels, first, tokens, span, part));
+        let wide = outputs.div_ceil(4 * threads.max(1)).next_multiple_of(2 * PANEL).min(BLOCK_OUTPUTS);
         let columns = Columns::new(out, outputs);
         parallel::for_each((0..outputs).step_by(wide), threads, |start| {
             let width = wide.min(outputs - start);
-            let sums = self.sum_block(kernels, &activations, panels, steps, start, width, tokens);
+            let mut sums = Scratch::take(width.div_ceil(PANEL) * panels * 4);
+            self.sum_block(kernels, &activations, &spans, start, width, tokens, &mut sums);
             let mut range = columns.take(start..start + width);
-            for (i, sums) in sums.chunks_exact(4).enumerate() {
+            for (i, sums) in sums.as_chunks_mut::<4>().0.iter_mut().enumerate() {
                 let (weights, tokens_at) = (i / panels * PANEL, i % panels * PANEL);
                 let bias = self.bias.map(|bias| &bias[start + weights..]);
                 let size = ((width - weights).min(PANEL), (tokens - tokens_at).min(PANEL));
@@ -164,148 +181,44 @@ impl<T: Packable> Product<'_, T> {
         });
     }
 
-    /// Rows of activations → tiles, in the form that their side of the microkernel reads.
-    fn pack(&self, kernels: &Kernels, rows: &[T], width: usize, tiles: &mut [Tile]) {
-        if width == 0 {
-            return;
-        }
-        for (i, row) in rows.chunks_exact(width).enumerate() {
-            tile::put_row(row, i, tiles);
-        }
-        if self.direction == Direction::Forward {
-            for tile in tiles {
-                (kernels.transpose)(tile);
-            }
-        }
+    /// The summed dimension in pieces: that of W, then that of the low-rank part.
+    fn spans(&self) -> Vec<Span> {
+        let cut = |depth: usize, low_rank: bool| {
+            let length = BLOCK_STEPS * T::STEP;
+            let starts = (0..depth).step_by(length);
+            starts.map(move |start| Span { low_rank, depth: start..depth.min(start + length) })
+        };
+        let rank = self.low_rank.map_or(0, |low_rank| low_rank.rank);
+        cut(self.depth(), false).chain(cut(rank, true)).collect()
     }
 
     /// All sums of a block of outputs: four tiles of f32 per panel of weights and panel of tokens.
-    #[allow(clippy::too_many_arguments)]
     fn sum_block(
         &self,
         kernels: &Kernels,
         activations: &[Tile],
-        panels: usize,
-        steps: usize,
+        spans: &[Span],
         start: usize,
         width: usize,
         tokens: usize,
-    ) -> Vec<Tile> {
-        let main_steps = self.depth().div_ceil(T::STEP);
-        let weight_panels = width.div_ceil(PANEL);
-        let mut sums = Tile::zeros(weight_panels * panels * 4);
-        let mut weights = Tile::zeros(weight_panels * BLOCK_STEPS * 2);
-        let mut scratch = vec![T::default(); (BLOCK_STEPS * T::STEP).max(2 * BLOCK_OUTPUTS)];
-        let mut first = 0;
-        while first < steps {
-            let limit = if first < main_steps { main_steps } else { steps };
-            let count = BLOCK_STEPS.min(limit - first);
-            let weights = &mut weights[..weight_panels * count * 2];
-            if first < main_steps {
-                let depth = first * T::STEP..((first + count) * T::STEP).min(self.depth());
-                self.decode(kernels, start, width, depth, &mut scratch, weights);
-            } else if let Some(low_rank) = self.low_rank {
-                let rank = (first - main_steps) * T::STEP;
-                let end = (rank + count * T::STEP).min(low_rank.rank);
-                self.pack_factor(kernels, low_rank, start, width, rank..end, &mut scratch, weights);
-            }
-            let block = Block {
-                weights,
-                activations,
-                activation_steps: steps,
-                first,
-                steps: count,
-                width,
-                tokens,
-                direction: self.direction,
-            };
-            T::multiply(kernels)(&block, &mut sums);
-            first += count;
+        sums: &mut [Tile],
+    ) {
+        if spans.is_empty() {
+            sums.fill(Tile::ZERO);
         }
-        sums
-    }
-
-    /// Weights of outputs `start..start + width` over a range of the summed dimension → panels.
-    fn decode(
-        &self,
-        kernels: &Kernels,
-        start: usize,
-        width: usize,
-        depth: std::ops::Range<usize>,
-        scratch: &mut [T],
-        panels: &mut [Tile],
-    ) {
-        let matrix = &self.matrix;
-        let fill = |row: usize, first: usize, out: &mut [T]| {
-            dequantize_run(kernels, matrix, row * matrix.columns() + first, out);
-        };
-        self.fill_panels(kernels, start, width, depth, scratch, panels, fill);
-    }
-
-    /// The same for the low-rank factor, which is dense.
-    fn pack_factor(
-        &self,
-        kernels: &Kernels,
-        low_rank: LowRank<'_, T>,
-        start: usize,
-        width: usize,
-        rank: std::ops::Range<usize>,
-        scratch: &mut [T],
-        panels: &mut [Tile],
-    ) {
-        let columns = match self.direction {
-            Direction::Forward => low_rank.rank,
-            Direction::Backward => self.outputs(),
-        };
-        let fill = |row: usize, first: usize, out: &mut [T]| {
-            out.copy_from_slice(&low_rank.factor[row * columns + first..][..out.len()]);
-        };
-        self.fill_panels(kernels, start, width, rank, scratch, panels, fill);
-    }
-
-    /// `fill(row, first column, out)` reads a run of a row of W (or of the factor in its place).
-    #[allow(clippy::too_many_arguments)]
-    fn fill_panels(
-        &self,
-        kernels: &Kernels,
-        start: usize,
-        width: usize,
-        depth: std::ops::Range<usize>,
-        scratch: &mut [T],
-        panels: &mut [Tile],
-        fill: impl Fn(usize, usize, &mut [T]),
-    ) {
-        let steps = depth.len().div_ceil(T::STEP);
-        match self.direction {
-            Direction::Forward => {
-                let run = &mut scratch[..steps * T::STEP];
-                run.fill(T::default());
-                for i in 0..width.next_multiple_of(PANEL) {
-                    if i < width {
-                        fill(start + i, depth.start, &mut run[..depth.len()]);
-                    } else if i == width {
-                        run.fill(T::default());
-                    }
-                    let panel = &mut panels[i / PANEL * steps * 2..][..steps * 2];
-                    tile::put_row(run, i % PANEL, panel);
-                }
-            }
-            Direction::Backward => {
-                let padded = width.next_multiple_of(PANEL);
-                let (group, _) = scratch.split_at_mut(T::PER_WORD * padded);
-                group.fill(T::default());
-                for word in 0..steps * SIDE {
-                    for (j, run) in group.chunks_exact_mut(padded).enumerate() {
-                        let row = depth.start + word * T::PER_WORD + j;
-                        if row < depth.end {
-                            fill(row, start, &mut run[..width]);
-                        } else {
-                            run.fill(T::default());
-                        }
-                    }
-                    T::put_group(kernels, group, word, steps, panels);
-                }
-            }
+        let (panels, weight_panels) = (tokens.div_ceil(PANEL), width.div_ceil(PANEL));
+        let mut weights = Scratch::take(weight_panels * BLOCK_STEPS * 2);
+        let mut scratch = vec![T::default(); (BLOCK_STEPS * T::STEP).max(2 * BLOCK_OUTPUTS)];
+        let mut rest = activations;
+        for (i, span) in spans.iter().enumerate() {
+            let steps = span.steps::<T>();
+            let weights = &mut weights[..weight_panels * steps * 2];
+            self.fill(kernels, start, width, span, &mut scratch, weights);
+            let (activations, after) = rest.split_at(panels * steps * 2);
+            rest = after;
+            let direction = self.direction;
+            let block = Block { weights, activations, steps, width, tokens, start: i == 0, direction };
+            T::multiply(kernels)(&block, sums);
         }
     }
 
@@ -314,30 +227,29 @@ impl<T: Packable> Product<'_, T> {
     fn store(
         &self,
         kernels: &Kernels,
-        sums: &[Tile],
+        sums: &mut [Tile; 4],
         weights: usize,
         tokens: usize,
         size: (usize, usize),
         bias: Option<&[T]>,
         out: &mut parallel::ColumnRange<'_, T>,
     ) {
-        for (i, sums) in sums.iter().enumerate() {
+        for (i, sums) in sums.iter_mut().enumerate() {
             // Tiles lie [left half, right half] of the microkernel's left operand, then of its right.
             let (left, right) = (i / 2 * SIDE, i % 2 * SIDE);
             let (w, t) = match self.direction {
                 Direction::Forward => (left, right),
                 Direction::Backward => (right, left),
             };
-            let mut sums = *sums;
-            if self.direction == Direction::Forward {
-                (kernels.transpose)(&mut sums);
+            if w >= size.0 || t >= size.1 {
+                continue;
             }
-            let outputs = size.0.saturating_sub(w).min(SIDE);
-            for token in 0..size.1.saturating_sub(t).min(SIDE) {
-                if outputs == 0 {
-                    continue;
-                }
-                let mut row: [f32; SIDE] = sums.row_f32(token);
+            if self.direction == Direction::Forward {
+                (kernels.transpose)(sums);
+            }
+            let outputs = (size.0 - w).min(SIDE);
+            for token in 0..(size.1 - t).min(SIDE) {
+                let row = sums.row_f32_mut(token);
                 if let Some(bias) = bias {
                     for (sum, bias) in row.iter_mut().zip(&bias[w..w + outputs]) {
                         *sum += bias.to_f32();

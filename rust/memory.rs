@@ -1,4 +1,12 @@
-//! Advice to the operating system about large outputs.
+//! Large memory: huge pages behind it, and scratch that is kept between calls.
+
+use crate::gemm::tile::Tile;
+use std::alloc::{Layout, alloc_zeroed, dealloc, handle_alloc_error};
+use std::ops::{Deref, DerefMut};
+use std::ptr::NonNull;
+use std::sync::Mutex;
+
+const HUGE: usize = 2 << 20;
 
 /// Ask for huge pages behind a freshly allocated output of several megabytes.
 ///
@@ -7,10 +15,9 @@
 /// changes.
 #[cfg(target_os = "linux")]
 pub fn advise_huge_pages<T>(output: &mut [T]) {
-    const HUGE: usize = 2 << 20;
     let start = (output.as_mut_ptr() as usize).next_multiple_of(HUGE);
     let end = output.as_mut_ptr() as usize + size_of_val(output);
-    if end > start && end - start >= 2 * HUGE {
+    if end > start && end - start >= HUGE {
         let length = (end - start) / HUGE * HUGE;
         // SAFETY: the range lies inside `output`, and this advice changes no contents.
         unsafe { libc::madvise(start as *mut libc::c_void, length, libc::MADV_HUGEPAGE) };
@@ -20,3 +27,104 @@ pub fn advise_huge_pages<T>(output: &mut [T]) {
 /// Other systems choose page sizes themselves.
 #[cfg(not(target_os = "linux"))]
 pub fn advise_huge_pages<T>(_: &mut [T]) {}
+
+/// Tiles for one call, from memory that earlier calls left behind; what they hold is unspecified.
+///
+/// A call needs a few megabytes, whose page faults would cost as much as its arithmetic if they were
+/// allocated anew. What is kept is what concurrent calls needed at most, 8 MiB per thread
+/// ([`crate::gemm`]).
+pub struct Scratch {
+    buffer: Option<Buffer>,
+    length: usize,
+}
+
+struct Buffer {
+    first: NonNull<Tile>,
+    layout: Layout,
+}
+
+// SAFETY: a buffer owns its memory, which holds plain integers; sharing it gives read access only.
+unsafe impl Sync for Buffer {}
+
+// SAFETY: as above.
+unsafe impl Send for Buffer {}
+
+/// Buffers that no call is using.
+static KEPT: Mutex<Vec<Buffer>> = Mutex::new(Vec::new());
+
+/// More than this many buffers are not kept: they are from a burst of concurrent calls.
+const MOST_KEPT: usize = 64;
+
+impl Scratch {
+    /// `length` tiles.
+    #[must_use]
+    pub fn take(length: usize) -> Self {
+        let bytes = length * size_of::<Tile>();
+        // A lock that another thread held during a fork stays locked in the child: never wait.
+        let kept = KEPT.try_lock().ok().and_then(|mut kept| {
+            let fits = kept.iter().position(|buffer| buffer.layout.size() >= bytes)?;
+            Some(kept.swap_remove(fits))
+        });
+        Self { buffer: Some(kept.unwrap_or_else(|| Buffer::allocate(bytes))), length }
+    }
+}
+
+impl Drop for Scratch {
+    fn drop(&mut self) {
+        if let (Some(buffer), Ok(mut kept)) = (self.buffer.take(), KEPT.try_lock())
+            && kept.len() < MOST_KEPT
+        {
+            kept.push(buffer);
+        }
+    }
+}
+
+impl Deref for Scratch {
+    type Target = [Tile];
+
+    fn deref(&self) -> &[Tile] {
+        self.buffer.as_ref().map_or(&[], |buffer| {
+            // SAFETY: the buffer holds at least `length` tiles, zeroed when it was allocated, and is
+            // this value's alone.
+            unsafe { std::slice::from_raw_parts(buffer.first.as_ptr(), self.length) }
+        })
+    }
+}
+
+impl DerefMut for Scratch {
+    fn deref_mut(&mut self) -> &mut [Tile] {
+        let length = self.length;
+        self.buffer.as_mut().map_or(&mut [], |buffer| {
+            // SAFETY: as in `deref`; `&mut self` makes the access exclusive.
+            unsafe { std::slice::from_raw_parts_mut(buffer.first.as_ptr(), length) }
+        })
+    }
+}
+
+impl Buffer {
+    fn allocate(bytes: usize) -> Self {
+        let align = if bytes >= HUGE / 2 { HUGE } else { align_of::<Tile>() };
+        let size = bytes.max(size_of::<Tile>()).next_multiple_of(align);
+        let Ok(layout) = Layout::from_size_align(size, align) else {
+            unreachable!("sizes were checked when the matrix was built")
+        };
+        // SAFETY: the layout is not empty. The advice concerns the memory just allocated; asked for
+        // before anything is written, it decides how the first faults are served.
+        unsafe {
+            // The layout is aligned for tiles.
+            #[allow(clippy::cast_ptr_alignment)]
+            let Some(first) = NonNull::new(alloc_zeroed(layout).cast::<Tile>()) else {
+                handle_alloc_error(layout)
+            };
+            advise_huge_pages(std::slice::from_raw_parts_mut(first.as_ptr(), size / size_of::<Tile>()));
+            Self { first, layout }
+        }
+    }
+}
+
+impl Drop for Buffer {
+    fn drop(&mut self) {
+        // SAFETY: allocated with this layout, and dropped once.
+        unsafe { dealloc(self.first.as_ptr().cast(), self.layout) };
+    }
+}

@@ -134,6 +134,25 @@ impl<'a> PackedMatrix<'a> {
             }
         }
     }
+
+    /// Write the absmax of consecutive pieces of blocks, the first of which starts at weight `first`.
+    ///
+    /// `piece` must divide the block size, and `first` must be a multiple of it.
+    pub fn decode_absmax_pieces(&self, kernels: &Kernels, first: usize, piece: usize, out: &mut [f32]) {
+        if piece == self.block_size {
+            return self.decode_absmax(kernels, first / piece, out);
+        }
+        let mut known = usize::MAX;
+        let mut value = [0.0];
+        for (i, out) in out.iter_mut().enumerate() {
+            let block = (first + i * piece) / self.block_size;
+            if block != known {
+                known = block;
+                self.decode_absmax(kernels, block, &mut value);
+            }
+            *out = value[0];
+        }
+    }
 }
 
 #[cfg(test)]

@@ -12,6 +12,8 @@ mod avx2_gemm;
 #[cfg(target_arch = "x86_64")]
 mod avx512;
 #[cfg(target_arch = "x86_64")]
+mod avx512_decode;
+#[cfg(target_arch = "x86_64")]
 mod avx512_gemm;
 #[cfg(target_arch = "x86_64")]
 mod avx512_linear;
@@ -80,6 +82,8 @@ pub struct Kernels {
     pub multiply_f32: MultiplyBlock,
     /// Products of panels of bf16, summed in f32.
     pub multiply_bf16: MultiplyBlock,
+    /// Decoding straight into tiles; without it, weights go through a buffer.
+    pub decode: Option<DecodeKernels>,
     /// Swap a tile's rows and columns.
     pub transpose: fn(&mut Tile),
     /// Two runs of 16 bf16 → 16 words, the first run in the lower halves.
@@ -90,6 +94,36 @@ pub struct Kernels {
     pub few_rows: [usize; 2],
     /// The same for bf16 activations where the CPU multiplies bf16; needs blocks of 64 or more.
     pub bf16: Option<Bf16Kernels>,
+}
+
+/// A run of a row of W: whole pieces of blocks, each with its absmax.
+#[derive(Clone, Copy, Debug)]
+pub struct Run<'a> {
+    /// Two codes per byte.
+    pub codes: &'a [u8],
+    /// One per `block_size` weights.
+    pub absmax: &'a [f32],
+    /// 32 or 64: a block of the format, or a piece of one.
+    pub block_size: usize,
+}
+
+/// One run → row `row` of a left panel.
+pub type DecodeLeft = fn(run: &Run<'_>, row: usize, panel: &mut [Tile]);
+
+/// As many runs as a word has values → row `word` of right panels of `steps` steps each.
+pub type DecodeRight = fn(runs: &[Run<'_>], word: usize, steps: usize, panels: &mut [Tile]);
+
+/// Loops that decode into tiles; layout in `gemm/tile.rs`.
+#[derive(Clone, Copy, Debug)]
+pub struct DecodeKernels {
+    /// Left panels of f32.
+    pub left_f32: DecodeLeft,
+    /// Left panels of bf16.
+    pub left_bf16: DecodeLeft,
+    /// Right panels of f32.
+    pub right_f32: DecodeRight,
+    /// Right panels of bf16.
+    pub right_bf16: DecodeRight,
 }
 
 /// Loops for CPUs with a bf16 dot product.

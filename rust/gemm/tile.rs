@@ -14,7 +14,7 @@
 
 use super::Direction;
 use crate::element::Element;
-use crate::simd::Kernels;
+use crate::simd::{DecodeLeft, DecodeRight, Kernels};
 use half::bf16;
 
 /// Rows and columns of a tile.
@@ -29,16 +29,14 @@ pub const PANEL: usize = 2 * SIDE;
 pub struct Tile(pub [[u32; SIDE]; SIDE]);
 
 impl Tile {
-    /// `count` tiles of zeros.
-    #[must_use]
-    pub fn zeros(count: usize) -> Vec<Tile> {
-        vec![Tile([[0; SIDE]; SIDE]); count]
-    }
+    /// Nothing but zeros.
+    pub const ZERO: Tile = Tile([[0; SIDE]; SIDE]);
 
     /// A row of sums.
-    #[must_use]
-    pub fn row_f32(&self, row: usize) -> [f32; SIDE] {
-        self.0[row].map(f32::from_bits)
+    pub fn row_f32_mut(&mut self, row: usize) -> &mut [f32; SIDE] {
+        // SAFETY: u32 and f32 have the same size and alignment, and every bit pattern is a value of
+        // both; the borrow of the row carries over.
+        unsafe { &mut *(&raw mut self.0[row]).cast::<[f32; SIDE]>() }
     }
 
     /// Swap rows and columns; the plain version of [`Kernels::transpose`].
@@ -58,23 +56,21 @@ impl Tile {
 pub struct Block<'a> {
     /// Panels of weights, `steps` steps each.
     pub weights: &'a [Tile],
-    /// Panels of activations, `activation_steps` steps each.
+    /// Panels of activations, `steps` steps each.
     pub activations: &'a [Tile],
-    /// All steps of the summed dimension.
-    pub activation_steps: usize,
-    /// The first of them that the weights cover.
-    pub first: usize,
-    /// How many they cover.
+    /// Steps of the summed dimension.
     pub steps: usize,
     /// Outputs; the last panel of weights may be partly empty.
     pub width: usize,
     /// Tokens; the last panel of activations may be partly empty.
     pub tokens: usize,
+    /// Whether the sums start at zero here; what they hold is not read then.
+    pub start: bool,
     /// Forward: weights are the left operand. Backward: activations are.
     pub direction: Direction,
 }
 
-/// Adds the block's product to `sums`: four tiles per panel of weights and panel of tokens.
+/// Adds the block's product to `sums` (or sets them to it, see `Block::start`): four tiles per panel of weights and panel of tokens.
 pub type MultiplyBlock = fn(block: &Block<'_>, sums: &mut [Tile]);
 
 impl Block<'_> {
@@ -86,13 +82,11 @@ impl Block<'_> {
         sums: &mut [Tile],
         mut multiply: impl FnMut(&[Tile], &[Tile], &mut [Tile; 4], usize, usize),
     ) {
-        let panels = self.tokens.div_ceil(PANEL);
         let mut sums = sums.as_chunks_mut::<4>().0.iter_mut();
         for (i, weights) in self.weights.chunks_exact(self.steps * 2).enumerate() {
             let width = (self.width - i * PANEL).min(PANEL);
-            for (panel, sums) in (0..panels).zip(&mut sums) {
-                let at = (panel * self.activation_steps + self.first) * 2;
-                let activations = &self.activations[at..at + self.steps * 2];
+            let panels = self.activations.chunks_exact(self.steps * 2).enumerate();
+            for ((panel, activations), sums) in panels.zip(&mut sums) {
                 let tokens = (self.tokens - panel * PANEL).min(PANEL);
                 match self.direction {
                     Direction::Forward => multiply(weights, activations, sums, width, tokens),
@@ -111,6 +105,8 @@ pub trait Packable: Element {
     const STEP: usize = SIDE * Self::PER_WORD;
     /// Multiply a block.
     fn multiply(kernels: &Kernels) -> MultiplyBlock;
+    /// Decode into left and right panels, if this path has loops for that.
+    fn decode(kernels: &Kernels) -> Option<(DecodeLeft, DecodeRight)>;
     /// `PER_WORD` runs of weights, one after another in `group` → row `word` of the right operand's panels.
     fn put_group(kernels: &Kernels, group: &[Self], word: usize, steps: usize, panels: &mut [Tile]);
     /// Round f32 values to this type.
@@ -122,6 +118,10 @@ impl Packable for f32 {
 
     fn multiply(kernels: &Kernels) -> MultiplyBlock {
         kernels.multiply_f32
+    }
+
+    fn decode(kernels: &Kernels) -> Option<(DecodeLeft, DecodeRight)> {
+        kernels.decode.map(|decode| (decode.left_f32, decode.right_f32))
     }
 
     fn put_group(_: &Kernels, group: &[Self], word: usize, steps: usize, panels: &mut [Tile]) {
@@ -142,6 +142,10 @@ impl Packable for bf16 {
         kernels.multiply_bf16
     }
 
+    fn decode(kernels: &Kernels) -> Option<(DecodeLeft, DecodeRight)> {
+        kernels.decode.map(|decode| (decode.left_bf16, decode.right_bf16))
+    }
+
     fn put_group(kernels: &Kernels, group: &[Self], word: usize, steps: usize, panels: &mut [Tile]) {
         let (even, odd) = group.split_at(group.len() / 2);
         let runs = even.as_chunks::<SIDE>().0.iter().zip(odd.as_chunks::<SIDE>().0);
@@ -160,18 +164,25 @@ impl Packable for bf16 {
 /// padded with zeros.
 pub fn put_row<T: Packable>(values: &[T], row: usize, tiles: &mut [Tile]) {
     let (half, row) = (row / SIDE, row % SIDE);
-    for (step, values) in values.chunks(T::STEP).enumerate() {
-        let mut words = [0_u32; SIDE];
-        // SAFETY: at most STEP values, 64 bytes, are copied into 64 bytes; a `Packable` is f32 or
+    let mut chunks = values.chunks_exact(T::STEP);
+    let mut step = 0;
+    for values in &mut chunks {
+        // SAFETY: STEP values are 64 bytes, copied into a row of 64 bytes; a `Packable` is f32 or
         // bf16, which have no padding, and every bit pattern is a u32.
         unsafe {
-            let bytes = size_of_val(values);
-            std::ptr::copy_nonoverlapping(
-                values.as_ptr().cast::<u8>(),
-                words.as_mut_ptr().cast::<u8>(),
-                bytes,
-            );
+            let out = tiles[step * 2 + half].0[row].as_mut_ptr().cast::<u8>();
+            std::ptr::copy_nonoverlapping(values.as_ptr().cast::<u8>(), out, 64);
         }
-        tiles[step * 2 + half].0[row] = words;
+        step += 1;
+    }
+    let rest = chunks.remainder();
+    if !rest.is_empty() {
+        let words = &mut tiles[step * 2 + half].0[row];
+        *words = [0; SIDE];
+        // SAFETY: as above, for fewer values than a row holds.
+        unsafe {
+            let out = words.as_mut_ptr().cast::<u8>();
+            std::ptr::copy_nonoverlapping(rest.as_ptr().cast::<u8>(), out, size_of_val(rest));
+        }
     }
 }

@@ -91,11 +91,15 @@ unsafe fn multiply_bf16(block: &Block<'_>, sums: &mut [Tile]) {
         let sums = sums.as_mut_ptr();
         // SAFETY: tiles are configured; both panels hold `steps` steps of two tiles, sums four tiles.
         unsafe {
-            match (rows > SIDE, columns > SIDE) {
-                (true, true) => two_by_two(steps, left, right, sums),
-                (true, false) => two_by_one(steps, left, right, sums),
-                (false, true) => one_by_two(steps, left, right, sums),
-                (false, false) => one_by_one(steps, left, right, sums),
+            match (rows > SIDE, columns > SIDE, block.start) {
+                (true, true, true) => start_two_by_two(steps, left, right, sums),
+                (true, true, false) => two_by_two(steps, left, right, sums),
+                (true, false, true) => start_two_by_one(steps, left, right, sums),
+                (true, false, false) => two_by_one(steps, left, right, sums),
+                (false, true, true) => start_one_by_two(steps, left, right, sums),
+                (false, true, false) => one_by_two(steps, left, right, sums),
+                (false, false, true) => start_one_by_one(steps, left, right, sums),
+                (false, false, false) => one_by_one(steps, left, right, sums),
             }
         }
     });
@@ -104,6 +108,10 @@ unsafe fn multiply_bf16(block: &Block<'_>, sums: &mut [Tile]) {
 }
 
 macro_rules! define_tiles {
+    ($start:ident, $name:ident, $zeros:expr, $loads:expr, $products:expr, $stores:expr) => {
+        define_tiles!($start, $zeros, $products, $stores);
+        define_tiles!($name, $loads, $products, $stores);
+    };
     ($name:ident, $loads:expr, $products:expr, $stores:expr) => {
         /// # Safety
         /// Tiles must be configured; `left` and `right` must hold `2 * steps` tiles, `sums` four.
@@ -139,7 +147,12 @@ macro_rules! define_tiles {
 }
 
 define_tiles!(
+    start_two_by_two,
     two_by_two,
+    "tilezero tmm0
+     tilezero tmm1
+     tilezero tmm2
+     tilezero tmm3",
     "tileloadd tmm0, [{sums} + {row}]
      tileloadd tmm1, [{sums} + {row} + 1024]
      tileloadd tmm2, [{sums} + {row} + 2048]
@@ -159,7 +172,10 @@ define_tiles!(
 );
 
 define_tiles!(
+    start_two_by_one,
     two_by_one,
+    "tilezero tmm0
+     tilezero tmm2",
     "tileloadd tmm0, [{sums} + {row}]
      tileloadd tmm2, [{sums} + {row} + 2048]",
     "tileloadd tmm6, [{right} + {row}]
@@ -172,7 +188,10 @@ define_tiles!(
 );
 
 define_tiles!(
+    start_one_by_two,
     one_by_two,
+    "tilezero tmm0
+     tilezero tmm1",
     "tileloadd tmm0, [{sums} + {row}]
      tileloadd tmm1, [{sums} + {row} + 1024]",
     "tileloadd tmm6, [{right} + {row}]
@@ -185,7 +204,9 @@ define_tiles!(
 );
 
 define_tiles!(
+    start_one_by_one,
     one_by_one,
+    "tilezero tmm0",
     "tileloadd tmm0, [{sums} + {row}]",
     "tileloadd tmm6, [{right} + {row}]
      tileloadd tmm4, [{left} + {row}]

@@ -39,6 +39,7 @@ static KERNELS: Kernels = Kernels {
     multiply_f32: |block, sums| unsafe { avx2_gemm::multiply_f32(block, sums) },
     // SAFETY: as above.
     multiply_bf16: |block, sums| unsafe { avx2_gemm::multiply_bf16(block, sums) },
+    decode: None,
     transpose: portable::KERNELS.transpose,
     interleave: portable::KERNELS.interleave,
     // SAFETY: as above.

@@ -17,7 +17,8 @@ macro_rules! define_multiply {
             block.for_each_pair(sums, |left, right, sums, rows, columns| {
                 for half in 0..columns.div_ceil(SIDE) {
                     for first in (0..rows).step_by(ROWS) {
-                        $half(left, right, &mut sums[first / SIDE * 2 + half], half, first);
+                        let sums = &mut sums[first / SIDE * 2 + half];
+                        $half(left, right, sums, half, first, block.start);
                     }
                 }
             });
@@ -25,17 +26,9 @@ macro_rules! define_multiply {
 
         #[inline]
         #[target_feature(enable = "avx2,fma")]
-        fn $half(left: &[Tile], right: &[Tile], sums: &mut Tile, half: usize, first: usize) {
+        fn $half(left: &[Tile], right: &[Tile], sums: &mut Tile, half: usize, first: usize, start: bool) {
             let (left_half, first) = (first / SIDE, first % SIDE);
             let mut registers = [[_mm256_setzero_ps(); 2]; ROWS];
-            for (r, registers) in registers.iter_mut().enumerate() {
-                let row = &sums.0[first + r];
-                // SAFETY: two vectors of 8 words are read from a row of 16.
-                unsafe {
-                    registers[0] = _mm256_load_ps(row.as_ptr().cast());
-                    registers[1] = _mm256_load_ps(row.as_ptr().add(8).cast());
-                }
-            }
             for (left, right) in left.as_chunks::<2>().0.iter().zip(right.as_chunks::<2>().0) {
                 let Some(rows) = left[left_half].0[first..].first_chunk::<ROWS>() else { return };
                 for word in 0..SIDE {
@@ -54,10 +47,16 @@ macro_rules! define_multiply {
             }
             for (r, registers) in registers.iter().enumerate() {
                 let row = &mut sums.0[first + r];
-                // SAFETY: two vectors of 8 words are written to a row of 16.
-                unsafe {
-                    _mm256_store_ps(row.as_mut_ptr().cast(), registers[0]);
-                    _mm256_store_ps(row.as_mut_ptr().add(8).cast(), registers[1]);
+                for (c, register) in registers.iter().enumerate() {
+                    // A block's own sum is added to the sum so far: two short chains of roundings
+                    // err less than one long one.
+                    // SAFETY: c < 2, so 8 words from 8 * c lie in the row of 16.
+                    unsafe {
+                        let at = row.as_mut_ptr().add(8 * c).cast();
+                        let sum =
+                            if start { *register } else { _mm256_add_ps(*register, _mm256_load_ps(at)) };
+                        _mm256_store_ps(at, sum);
+                    }
                 }
             }
         }

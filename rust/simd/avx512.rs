@@ -3,7 +3,7 @@
 //! All functions here are reached through [`KERNELS`] alone, and [`detect`] hands that table out
 //! only where the CPU has the features: that is the argument of every `unsafe` call below.
 
-use super::{Kernels, avx2_gemm, avx512_gemm, avx512_linear, portable};
+use super::{Kernels, avx2_gemm, avx512_decode, avx512_gemm, avx512_linear, portable};
 use crate::codebook::{BOUNDARIES, LEVELS};
 use crate::quantize::SMALLEST_ABSMAX;
 use half::{bf16, f16};
@@ -42,6 +42,18 @@ static KERNELS: Kernels = Kernels {
     multiply_f32: |block, sums| unsafe { avx512_gemm::multiply_f32(block, sums) },
     // SAFETY: as above; AVX-512 includes AVX2 and FMA.
     multiply_bf16: |block, sums| unsafe { avx2_gemm::multiply_bf16(block, sums) },
+    decode: Some(super::DecodeKernels {
+        // SAFETY: as above.
+        left_f32: |run, row, panel| unsafe { avx512_decode::left_f32(run, row, panel) },
+        // SAFETY: as above.
+        left_bf16: |run, row, panel| unsafe { avx512_decode::left_bf16(run, row, panel) },
+        // SAFETY: as above.
+        right_f32: |runs, word, steps, panels| unsafe { avx512_decode::right_f32(runs, word, steps, panels) },
+        // SAFETY: as above.
+        right_bf16: |runs, word, steps, panels| unsafe {
+            avx512_decode::right_bf16(runs, word, steps, panels);
+        },
+    }),
     // SAFETY: as above.
     transpose: |tile| unsafe { avx512_gemm::transpose(tile) },
     // SAFETY: as above.
@@ -169,7 +181,17 @@ fn decode_absmax(codes: &[u8], absmax: f32, offset: f32, map: &[f32; 256], out: 
             _mm512_storeu_ps(out.as_mut_ptr(), _mm512_add_ps(scaled, _mm512_set1_ps(offset)));
         }
     }
-    portable::decode_absmax(codes_tail, absmax, offset, map, out_tail);
+    if !codes_tail.is_empty() {
+        let mask = ((1_u32 << codes_tail.len()) - 1) as u16;
+        // SAFETY: the masks admit only what the tails hold.
+        unsafe {
+            let index = _mm512_cvtepu8_epi32(_mm_maskz_loadu_epi8(mask, codes_tail.as_ptr().cast()));
+            let value = _mm512_mask_i32gather_ps::<4>(_mm512_setzero_ps(), mask, index, map.as_ptr());
+            let scaled = _mm512_mul_ps(value, _mm512_set1_ps(absmax));
+            let sum = _mm512_add_ps(scaled, _mm512_set1_ps(offset));
+            _mm512_mask_storeu_ps(out_tail.as_mut_ptr(), mask, sum);
+        }
+    }
 }
 
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq")]

@@ -17,9 +17,9 @@ macro_rules! define_multiply {
             block.for_each_pair(sums, |left, right, sums, rows, columns| {
                 for first in (0..rows).step_by(ROWS) {
                     if columns > SIDE {
-                        $pair::<2>(left, right, sums, first);
+                        $pair::<2>(left, right, sums, first, block.start);
                     } else {
-                        $pair::<1>(left, right, sums, first);
+                        $pair::<1>(left, right, sums, first, block.start);
                     }
                 }
             });
@@ -27,16 +27,15 @@ macro_rules! define_multiply {
 
         #[inline]
         #[target_feature(enable = $features)]
-        fn $pair<const HALVES: usize>(left: &[Tile], right: &[Tile], sums: &mut [Tile; 4], first: usize) {
+        fn $pair<const HALVES: usize>(
+            left: &[Tile],
+            right: &[Tile],
+            sums: &mut [Tile; 4],
+            first: usize,
+            start: bool,
+        ) {
             let (left_half, first) = (first / SIDE, first % SIDE);
             let mut registers = [[_mm512_setzero_ps(); HALVES]; ROWS];
-            for (r, registers) in registers.iter_mut().enumerate() {
-                for (h, register) in registers.iter_mut().enumerate() {
-                    let row = &sums[left_half * 2 + h].0[first + r];
-                    // SAFETY: the row holds the 16 words that are read.
-                    *register = unsafe { _mm512_load_ps(row.as_ptr().cast()) };
-                }
-            }
             for (left, right) in left.as_chunks::<2>().0.iter().zip(right.as_chunks::<2>().0) {
                 let Some(rows) = left[left_half].0[first..].first_chunk::<ROWS>() else { return };
                 for word in 0..SIDE {
@@ -56,8 +55,15 @@ macro_rules! define_multiply {
             for (r, registers) in registers.iter().enumerate() {
                 for (h, register) in registers.iter().enumerate() {
                     let row = &mut sums[left_half * 2 + h].0[first + r];
-                    // SAFETY: the row holds the 16 words that are written.
-                    unsafe { _mm512_store_ps(row.as_mut_ptr().cast(), *register) };
+                    // A block's own sum is added to the sum so far: two short chains of roundings
+                    // err less than one long one.
+                    // SAFETY: the row holds the 16 words that are read and written.
+                    unsafe {
+                        let at = row.as_mut_ptr().cast();
+                        let sum =
+                            if start { *register } else { _mm512_add_ps(*register, _mm512_load_ps(at)) };
+                        _mm512_store_ps(at, sum);
+                    }
                 }
             }
         }

@@ -24,6 +24,9 @@ pub static KERNELS: Kernels = Kernels {
     linear_f32,
     multiply_f32: |block, sums| {
         block.for_each_pair(sums, |left, right, sums, rows, _| {
+            if block.start {
+                *sums = [Tile::ZERO; 4];
+            }
             multiply(left, right, sums, rows, |word, sum, column| {
                 sum + f32::from_bits(word) * f32::from_bits(column)
             });
@@ -31,6 +34,9 @@ pub static KERNELS: Kernels = Kernels {
     },
     multiply_bf16: |block, sums| {
         block.for_each_pair(sums, |left, right, sums, rows, _| {
+            if block.start {
+                *sums = [Tile::ZERO; 4];
+            }
             multiply(left, right, sums, rows, |word, sum, column| {
                 let low = f32::from_bits(word << 16) * f32::from_bits(column << 16);
                 let high = f32::from_bits(word & 0xffff_0000) * f32::from_bits(column & 0xffff_0000);
@@ -38,6 +44,7 @@ pub static KERNELS: Kernels = Kernels {
             });
         });
     },
+    decode: None,
     transpose: Tile::transpose,
     interleave: |even, odd, out| {
         for ((even, odd), out) in even.iter().zip(odd).zip(out) {
