@@ -27,9 +27,6 @@ use tile::{Block, PANEL, Packable, SIDE, Tile};
 /// Outputs of a block of decoded weights.
 const BLOCK_OUTPUTS: usize = 256;
 
-/// Steps of the summed dimension in a block: 16 tiles, so that a panel fits the first-level cache.
-const BLOCK_STEPS: usize = 16;
-
 /// Packed activations and running sums may take this much per thread.
 const BYTES_PER_THREAD: usize = 4 << 20;
 
@@ -74,7 +71,7 @@ pub struct Product<'a, T> {
     pub bias: Option<&'a [T]>,
 }
 
-/// A piece of the summed dimension: at most [`BLOCK_STEPS`] steps.
+/// A piece of the summed dimension: at most [`Packable::BLOCK_STEPS`] steps.
 #[derive(Clone, Debug)]
 struct Span {
     low_rank: bool,
@@ -184,7 +181,7 @@ impl<T: Packable> Product<'_, T> {
     /// The summed dimension in pieces: that of W, then that of the low-rank part.
     fn spans(&self) -> Vec<Span> {
         let cut = |depth: usize, low_rank: bool| {
-            let length = BLOCK_STEPS * T::STEP;
+            let length = T::BLOCK_STEPS * T::STEP;
             let starts = (0..depth).step_by(length);
             starts.map(move |start| Span { low_rank, depth: start..depth.min(start + length) })
         };
@@ -207,17 +204,20 @@ impl<T: Packable> Product<'_, T> {
             sums.fill(Tile::ZERO);
         }
         let (panels, weight_panels) = (tokens.div_ceil(PANEL), width.div_ceil(PANEL));
-        let mut weights = Scratch::take(weight_panels * BLOCK_STEPS * 2);
-        let mut scratch = vec![T::default(); (BLOCK_STEPS * T::STEP).max(2 * BLOCK_OUTPUTS)];
+        let mut weights = Scratch::take(weight_panels * T::BLOCK_STEPS * 2);
+        let mut scratch = vec![T::default(); (T::BLOCK_STEPS * T::STEP).max(2 * BLOCK_OUTPUTS)];
+        let all = activations;
         let mut rest = activations;
         for (i, span) in spans.iter().enumerate() {
             let steps = span.steps::<T>();
             let weights = &mut weights[..weight_panels * steps * 2];
             self.fill(kernels, start, width, span, &mut scratch, weights);
             let (activations, after) = rest.split_at(panels * steps * 2);
+            // After the last span, this thread's next block of outputs starts over with the first.
             rest = after;
+            let next = if rest.is_empty() { &all[..] } else { rest };
             let direction = self.direction;
-            let block = Block { weights, activations, steps, width, tokens, start: i == 0, direction };
+            let block = Block { weights, activations, next, steps, width, tokens, start: i == 0, direction };
             T::multiply(kernels)(&block, sums);
         }
     }

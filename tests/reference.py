@@ -22,7 +22,7 @@ NF4 = np.array(
 
 
 def nf4_from_quantiles() -> np.ndarray:
-    """The same values by their construction: quantiles of N(0, 1) on both sides of an exact zero."""
+    """The same values by their construction: quantiles of N(0, 1) around an exact zero."""
     tail = ((1 - 1 / 30) + (1 - 1 / 32)) / 2
     quantile = np.vectorize(statistics.NormalDist().inv_cdf)
     positive = quantile(np.linspace(tail, 0.5, 9)[:-1])

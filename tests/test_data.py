@@ -173,7 +173,9 @@ def test_only_the_answer_and_its_end_token_are_learned() -> None:
     tokenizer = tiny_tokenizer()
     ids, labels, _ = encode_example(parse_line('{"prompt": "bæ?", "completion": "æ!"}'), tokenizer)
     assert learned(tokenizer, ids, labels) == "æ!<|im_end|>"
-    assert tokenizer.decode(ids).startswith("<|im_start|>user\nbæ?<|im_end|>\n<|im_start|>assistant")
+    assert tokenizer.decode(ids).startswith(
+        "<|im_start|>user\nbæ?<|im_end|>\n<|im_start|>assistant"
+    )
 
 
 def test_every_assistant_turn_of_a_chat_is_learned() -> None:

@@ -165,4 +165,6 @@ def test_no_recipe_calls_pickle_or_torch_load() -> None:
                 modules = [alias.name for alias in node.names] + [getattr(node, "module", "")]
                 assert not {"pickle", "dill", "joblib"} & set(modules), file
             if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
-                assert (node.value.id, node.attr) not in {("torch", "load"), ("torch", "save")}, file
+                assert (node.value.id, node.attr) not in {("torch", "load"), ("torch", "save")}, (
+                    file
+                )

@@ -192,7 +192,7 @@ def test_a_run_killed_while_it_writes_a_checkpoint_resumes_from_the_one_before(
 
 @pytest.fixture
 def stopped(place: Path, tmp_path: Path) -> FinetuneSettings:
-    run = settings(place, "m", output=str(tmp_path / "out"))
+    run = settings(place, str(tmp_path / "out"))
     finetune(run, progress=SignalAt(1))
     return run
 
@@ -207,7 +207,7 @@ def test_changed_data_is_refused_and_moved_data_is_not(
     stopped: FinetuneSettings, tmp_path: Path
 ) -> None:
     other = write_sums(tmp_path / "other.jsonl", 23)
-    with pytest.raises(QloraError, match="the training data .* its digest differs"):
+    with pytest.raises(QloraError, match="the training data .*its digest differs"):
         finetune(replace(stopped, data=str(other)), resume=True)
     moved = tmp_path / "moved.jsonl"
     moved.write_bytes(Path(stopped.data).read_bytes())
@@ -217,7 +217,7 @@ def test_changed_data_is_refused_and_moved_data_is_not(
 
 def test_another_model_is_refused(stopped: FinetuneSettings, tmp_path: Path) -> None:
     other = save_tiny_model(tmp_path / "other", seed=1)
-    with pytest.raises(QloraError, match="the base model .* its digest differs"):
+    with pytest.raises(QloraError, match="the base model .*its digest differs"):
         finetune(replace(stopped, model=str(other)), resume=True)
 
 
@@ -228,7 +228,7 @@ def test_a_complete_run_is_not_resumed(place: Path, unbroken: Any) -> None:
 
 def test_a_folder_without_a_run_is_not_resumed(place: Path, tmp_path: Path) -> None:
     with pytest.raises(QloraError, match="holds no fine-tuning run to resume"):
-        finetune(settings(place, "x", output=str(tmp_path)), resume=True)
+        finetune(settings(place, str(tmp_path)), resume=True)
 
 
 def test_another_environment_is_allowed_with_a_warning(stopped: FinetuneSettings) -> None:

@@ -8,16 +8,15 @@ happen to be zero.
 from __future__ import annotations
 
 import pytest
+import qlora_rs
 import reference
 import strategies
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
+from qlora_rs import cpu
 from strategies import FLOATS, Product
 from torch import Tensor
-
-import qlora_rs
-from qlora_rs import cpu
 
 
 def assert_as_accurate_as_torch(
@@ -53,6 +52,7 @@ def test_linear_is_as_accurate_as_torch(product: Product) -> None:
 
 
 @pytest.mark.parametrize("tile", [1, 100, 5000])
+@settings(max_examples=20)
 @given(product=strategies.products(dtype=torch.float64))
 def test_a_float64_product_cut_into_many_tiles_is_as_accurate(tile: int, product: Product) -> None:
     with pytest.MonkeyPatch.context() as patch:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import pytest
+import qlora_rs
 import strategies
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from strategies import FLOATS
-
-import qlora_rs
 from qlora_rs import QloraError
+from strategies import FLOATS
 
 PACKED = qlora_rs.quantize(torch.randn(5, 64, generator=torch.Generator().manual_seed(1)))
 BAD = (float("nan"), float("inf"), -float("inf"))
@@ -23,7 +22,9 @@ def masks(y: torch.Tensor) -> tuple:
 @given(
     rows=st.sampled_from((1, 8, 9, 33, 70)),
     dtype=strategies.dtypes,
-    at=st.lists(st.tuples(st.integers(0, 99), st.integers(0, 199), st.sampled_from(BAD)), max_size=4),
+    at=st.lists(
+        st.tuples(st.integers(0, 99), st.integers(0, 199), st.sampled_from(BAD)), max_size=4
+    ),
     columns=st.sampled_from((64, 100, 128, 192)),
 )
 def test_nan_and_infinity_in_x_spread_as_in_a_dense_product(
@@ -54,9 +55,7 @@ def test_a_zero_weight_times_infinity_is_nan_as_in_a_dense_product(
 
 @pytest.mark.parametrize("rows", [2, 50])
 @pytest.mark.parametrize("dtype", FLOATS)
-def test_a_product_that_overflows_is_infinite_as_in_torch(
-    dtype: torch.dtype, rows: int
-) -> None:
+def test_a_product_that_overflows_is_infinite_as_in_torch(dtype: torch.dtype, rows: int) -> None:
     packed = qlora_rs.quantize(torch.full((3, 64), 2.0))
     x = torch.full((rows, 64), torch.finfo(dtype).max, dtype=dtype)
     assert qlora_rs.linear(x, packed).isposinf().all()
@@ -154,7 +153,9 @@ def test_operators_called_with_parts_that_do_not_fit_refuse_and_do_not_crash() -
             torch.ops.qlora_rs.dequantize(wrong, *rest, torch.float32)
 
 
-@pytest.mark.parametrize("sizes", [(-1, 64, 64), (5, -64, 64), (5, 64, 0), (5, 64, -64), (5, 64, 48)])
+@pytest.mark.parametrize(
+    "sizes", [(-1, 64, 64), (5, -64, 64), (5, 64, 0), (5, 64, -64), (5, 64, 48)]
+)
 def test_operators_called_with_impossible_sizes_refuse_and_do_not_crash(sizes: tuple) -> None:
     tensors = PACKED.arguments()[:5]
     with pytest.raises((QloraError, RuntimeError, OverflowError)):

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-import torch
-from strategies import FLOATS
-
 import qlora_rs
+import torch
 from qlora_rs import QloraError
+from strategies import FLOATS
 
 BAD_VALUES = [float("nan"), float("inf"), -float("inf")]
 

@@ -1,14 +1,20 @@
 //! Operands → tiles: activations as they are, weights decoded on the way.
 
 use super::tile::{self, PANEL, Packable, SIDE, Tile};
-use super::{BLOCK_OUTPUTS, BLOCK_STEPS, Direction, Product, Span};
+use super::{BLOCK_OUTPUTS, Direction, Product, Span};
 use crate::dequantize::dequantize_run;
 use crate::simd::{Kernels, Run};
+use half::bf16;
 use std::ops::Range;
 
 /// Weights of a row that are decoded at a time, at most.
-const LONGEST_RUN: usize = BLOCK_STEPS * 32;
-const _: () = assert!(BLOCK_OUTPUTS <= LONGEST_RUN, "the other direction's runs are no longer");
+const LONGEST_RUN: usize = 256;
+const _: () = assert!(
+    BLOCK_OUTPUTS <= LONGEST_RUN
+        && f32::BLOCK_STEPS * f32::STEP <= LONGEST_RUN
+        && bf16::BLOCK_STEPS * bf16::STEP <= LONGEST_RUN,
+    "a run is as long as a block is wide or deep"
+);
 
 /// Codes and absmax of a run of zeros.
 static ZERO_CODES: [u8; LONGEST_RUN / 2] = [0x77; LONGEST_RUN / 2];

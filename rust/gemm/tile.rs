@@ -58,6 +58,8 @@ pub struct Block<'a> {
     pub weights: &'a [Tile],
     /// Panels of activations, `steps` steps each.
     pub activations: &'a [Tile],
+    /// The activations that the next block will read, to be brought nearer meanwhile.
+    pub next: &'a [Tile],
     /// Steps of the summed dimension.
     pub steps: usize,
     /// Outputs; the last panel of weights may be partly empty.
@@ -101,6 +103,8 @@ impl Block<'_> {
 pub trait Packable: Element {
     /// Elements in a word.
     const PER_WORD: usize;
+    /// Steps of the summed dimension in a block.
+    const BLOCK_STEPS: usize;
     /// Elements of the summed dimension in a tile.
     const STEP: usize = SIDE * Self::PER_WORD;
     /// Multiply a block.
@@ -115,6 +119,8 @@ pub trait Packable: Element {
 
 impl Packable for f32 {
     const PER_WORD: usize = 1;
+    // A panel of weights fills two thirds of a first-level cache of 48 KiB.
+    const BLOCK_STEPS: usize = 16;
 
     fn multiply(kernels: &Kernels) -> MultiplyBlock {
         kernels.multiply_f32
@@ -137,6 +143,9 @@ impl Packable for f32 {
 
 impl Packable for bf16 {
     const PER_WORD: usize = 2;
+    // AMX consumes a step in 64 cycles: only what both panels have in the first-level cache comes
+    // that fast, so they must fit it together.
+    const BLOCK_STEPS: usize = 8;
 
     fn multiply(kernels: &Kernels) -> MultiplyBlock {
         kernels.multiply_bf16

@@ -85,6 +85,7 @@ unsafe fn multiply_bf16(block: &Block<'_>, sums: &mut [Tile]) {
         asm!("sttilecfg [{}]", in(reg) &raw mut before, options(nostack));
         asm!("ldtilecfg [{}]", in(reg) &raw const FULL_TILES, options(nostack));
     }
+    let mut next = block.next.as_ptr().cast::<u8>();
     block.for_each_pair(sums, |left, right, sums, rows, columns| {
         debug_assert!(left.len() == right.len() && left.len().is_multiple_of(2));
         let (steps, left, right) = (left.len() / 2, left.as_ptr(), right.as_ptr());
@@ -92,16 +93,17 @@ unsafe fn multiply_bf16(block: &Block<'_>, sums: &mut [Tile]) {
         // SAFETY: tiles are configured; both panels hold `steps` steps of two tiles, sums four tiles.
         unsafe {
             match (rows > SIDE, columns > SIDE, block.start) {
-                (true, true, true) => start_two_by_two(steps, left, right, sums),
-                (true, true, false) => two_by_two(steps, left, right, sums),
-                (true, false, true) => start_two_by_one(steps, left, right, sums),
-                (true, false, false) => two_by_one(steps, left, right, sums),
-                (false, true, true) => start_one_by_two(steps, left, right, sums),
-                (false, true, false) => one_by_two(steps, left, right, sums),
-                (false, false, true) => start_one_by_one(steps, left, right, sums),
-                (false, false, false) => one_by_one(steps, left, right, sums),
+                (true, true, true) => start_two_by_two(steps, left, right, sums, next),
+                (true, true, false) => two_by_two(steps, left, right, sums, next),
+                (true, false, true) => start_two_by_one(steps, left, right, sums, next),
+                (true, false, false) => two_by_one(steps, left, right, sums, next),
+                (false, true, true) => start_one_by_two(steps, left, right, sums, next),
+                (false, true, false) => one_by_two(steps, left, right, sums, next),
+                (false, false, true) => start_one_by_one(steps, left, right, sums, next),
+                (false, false, false) => one_by_one(steps, left, right, sums, next),
             }
         }
+        next = next.wrapping_add(steps * 4 * 64);
     });
     // SAFETY: a configuration that this thread had, or none: 64 zero bytes release the tiles.
     unsafe { asm!("ldtilecfg [{}]", in(reg) &raw const before, options(nostack)) };
@@ -116,7 +118,7 @@ macro_rules! define_tiles {
         /// # Safety
         /// Tiles must be configured; `left` and `right` must hold `2 * steps` tiles, `sums` four.
         #[inline]
-        unsafe fn $name(steps: usize, left: *const Tile, right: *const Tile, sums: *mut Tile) {
+        unsafe fn $name(steps: usize, left: *const Tile, right: *const Tile, sums: *mut Tile, next: *const u8) {
             // SAFETY: the caller's promise; each step reads two tiles from each side, rows 64 bytes
             // apart.
             unsafe {
@@ -126,6 +128,13 @@ macro_rules! define_tiles {
                     "jz 3f",
                     "2:",
                     $products,
+                    // Four lines a step bring the next block's activations to the second-level
+                    // cache in time; a prefetch of any address is harmless.
+                    "prefetcht1 [{next}]",
+                    "prefetcht1 [{next} + 64]",
+                    "prefetcht1 [{next} + 128]",
+                    "prefetcht1 [{next} + 192]",
+                    "add {next}, 256",
                     "add {left}, 2048",
                     "add {right}, 2048",
                     "dec {steps}",
@@ -134,6 +143,7 @@ macro_rules! define_tiles {
                     $stores,
                     left = inout(reg) left => _,
                     right = inout(reg) right => _,
+                    next = inout(reg) next => _,
                     sums = in(reg) sums,
                     row = in(reg) 64_usize,
                     steps = inout(reg) steps => _,

@@ -70,9 +70,10 @@ class DateTask:
 def make_task(train_count: int, held_out_count: int, seed: int = 0) -> DateTask:
     """Draw the task's examples; the same arguments give the same examples.
 
-    Nine tenths of all days from 1900 to 2049 are for training, one tenth is held out; texts are
-    drawn with a language and a form each, and no text occurs twice. Raises QloraError if Babel is
-    missing.
+    Nine tenths of all days from 1900 to 2049 are for training, one tenth is held out. Held-out
+    texts are drawn at random over languages and forms; training texts so that every month of every
+    language and form occurs equally often. No text occurs twice. Raises QloraError if Babel is
+    missing or the training set is asked to be larger than the days allow.
     """
     write = _writer()
     generator = random.Random(seed)
@@ -81,8 +82,8 @@ def make_task(train_count: int, held_out_count: int, seed: int = 0) -> DateTask:
     generator.shuffle(days)
     cut = round(span * HELD_OUT_DAYS)
     seen: set[str] = set()
-    held_out = _draw(generator, write, days[:cut], held_out_count, seen)
-    train = _draw(generator, write, days[cut:], train_count, seen)
+    held_out = _draw(generator, write, days[:cut], held_out_count, seen, balanced=False)
+    train = _draw(generator, write, days[cut:], train_count, seen, balanced=True)
     return DateTask(tuple(train), tuple(held_out))
 
 
@@ -92,11 +93,21 @@ def _draw(
     days: list[datetime.date],
     count: int,
     seen: set[str],
+    balanced: bool,
 ) -> list[WrittenDate]:
+    by_month: dict[int, list[datetime.date]] = {}
+    for day in days:
+        by_month.setdefault(day.month, []).append(day)
+    if count > len(days):
+        raise QloraError(f"{count} examples were asked for, but there are only {len(days)} days")
+    cells = [(*form, month) for form in write.forms for month in sorted(by_month)]
     drawn: list[WrittenDate] = []
+    turn: list[tuple[str, str, int]] = []
     while len(drawn) < count:
-        day = generator.choice(days)
-        language, form = generator.choice(write.forms)
+        if not turn:
+            turn = generator.sample(cells, len(cells))
+        language, form, month = turn.pop() if balanced else generator.choice(cells)
+        day = generator.choice(by_month[month])
         text = write(day, language, form)
         if text not in seen:  # neighbours (Danish, Norwegian) write some dates alike
             seen.add(text)

@@ -162,7 +162,7 @@ class _Run:
             callback = RunCallback(log_file, self.progress, stop)
             try:
                 trainer = self._trainer(callback)
-                callback.open_log(found.step)
+                callback.open_log(found.step if found.path else -1)
                 if found.path is None:
                     if on_ready is not None:
                         on_ready(self.base.model, self.base.tokenizer)

@@ -104,12 +104,12 @@ def size(count: float) -> str:
     """
     if abs(count) < 1000:
         return f"{count:.0f} B"
-    units = iter(("kB", "MB", "GB", "TB"))
-    unit = next(units)
+    units = ["kB", "MB", "GB", "TB"]
     count /= 1000
-    while abs(count) >= 999.95:
-        count, unit = count / 1000, next(units)
-    return f"{count:.1f} {unit}"
+    while abs(count) >= 999.95 and len(units) > 1:
+        count /= 1000
+        units.pop(0)
+    return f"{count:.1f} {units[0]}"
 
 
 class StopRequest:

@@ -40,7 +40,7 @@ class RunCallback(TrainerCallback):
         self._substeps = 0
 
     def open_log(self, step: int) -> None:
-        """Open the log, cut back to the step the run resumes from (0: a new run)."""
+        """Open the log, cut back to the step the run resumes from (-1: a new run)."""
         self.earlier_seconds = _cut_log(self.log_file, step)
         self._log = self.log_file.open("a", encoding="utf-8")
 
