@@ -119,8 +119,8 @@ pub trait Packable: Element {
 
 impl Packable for f32 {
     const PER_WORD: usize = 1;
-    // A panel of weights fills two thirds of a first-level cache of 48 KiB.
-    const BLOCK_STEPS: usize = 16;
+    // Both panels of a block fit a first-level cache of 48 KiB.
+    const BLOCK_STEPS: usize = 8;
 
     fn multiply(kernels: &Kernels) -> MultiplyBlock {
         kernels.multiply_f32

@@ -14,7 +14,13 @@ macro_rules! define_multiply {
     ($name:ident, $features:literal, $pair:ident, $multiply_add:expr) => {
         #[target_feature(enable = $features)]
         pub(super) fn $name(block: &Block<'_>, sums: &mut [Tile]) {
+            let mut next = block.next.as_ptr().cast::<i8>();
             block.for_each_pair(sums, |left, right, sums, rows, columns| {
+                // The next block's activations, a little with each pair, to the second-level cache.
+                for _ in 0..2 * left.len() {
+                    _mm_prefetch::<_MM_HINT_T1>(next);
+                    next = next.wrapping_add(64);
+                }
                 for first in (0..rows).step_by(ROWS) {
                     if columns > SIDE {
                         $pair::<2>(left, right, sums, first, block.start);

@@ -145,6 +145,8 @@ unsafe fn tile_f32<const R: usize, const M: usize>(
     // SAFETY: the array holds the 16 floats that are read.
     let levels = unsafe { _mm512_loadu_ps(LEVELS.as_ptr()) };
     let lanes = absmax_lanes(strip.block_size);
+    // Block sizes are powers of two; a division here would cost as much as the step.
+    let block_shift = strip.block_size.trailing_zeros();
     let row_bytes = strip.columns / 2;
     let prepared = strip.columns.next_multiple_of(PREPARED_MULTIPLE);
     let mut sums = [[_mm512_setzero_ps(); M]; R];
@@ -159,7 +161,7 @@ unsafe fn tile_f32<const R: usize, const M: usize>(
                 codes[r] = load_codes(at, row_bytes - step * 64);
                 _mm_prefetch::<_MM_HINT_T0>(at.wrapping_add(R * row_bytes).cast());
                 // A step's first block is below columns / block_size, and four values pad the row.
-                let first = (row + r) * strip.absmax_stride + step * PREPARED_MULTIPLE / strip.block_size;
+                let first = (row + r) * strip.absmax_stride + ((step * PREPARED_MULTIPLE) >> block_shift);
                 let absmax = _mm_loadu_ps(strip.absmax.as_ptr().add(first));
                 scales[r] = _mm512_permutexvar_ps(lanes, _mm512_broadcast_f32x4(absmax));
             }
@@ -210,6 +212,8 @@ unsafe fn tile_bf16<const R: usize, const M: usize>(
 ) -> usize {
     // SAFETY: the array holds the 16 floats that are read.
     let levels = unsafe { _mm512_loadu_ps(LEVELS.as_ptr()) };
+    // Block sizes are powers of two; a division here would cost as much as the step.
+    let block_shift = strip.block_size.trailing_zeros();
     let row_bytes = strip.columns / 2;
     let prepared = strip.columns.next_multiple_of(PREPARED_MULTIPLE);
     // Blocks of 64: the upper 16 lanes belong to a second block, whose levels fill the upper half
@@ -227,7 +231,7 @@ unsafe fn tile_bf16<const R: usize, const M: usize>(
                 let at = strip.codes.as_ptr().add((row + r) * row_bytes + step * 64);
                 codes[r] = load_codes(at, row_bytes - step * 64);
                 _mm_prefetch::<_MM_HINT_T0>(at.wrapping_add(R * row_bytes).cast());
-                let first = (row + r) * strip.absmax_stride + step * PREPARED_MULTIPLE / strip.block_size;
+                let first = (row + r) * strip.absmax_stride + ((step * PREPARED_MULTIPLE) >> block_shift);
                 let absmax = strip.absmax.as_ptr().add(first);
                 let low = _mm512_mul_ps(levels, _mm512_set1_ps(*absmax));
                 let high = _mm512_mul_ps(levels, _mm512_set1_ps(*absmax.add(second)));
