@@ -234,29 +234,16 @@ impl<T: Packable> Product<'_, T> {
         bias: Option<&[T]>,
         out: &mut parallel::ColumnRange<'_, T>,
     ) {
-        for (i, sums) in sums.iter_mut().enumerate() {
-            // Tiles lie [left half, right half] of the microkernel's left operand, then of its right.
-            let (left, right) = (i / 2 * SIDE, i % 2 * SIDE);
-            let (w, t) = match self.direction {
-                Direction::Forward => (left, right),
-                Direction::Backward => (right, left),
-            };
-            if w >= size.0 || t >= size.1 {
-                continue;
+        let mut addend = [0.0; PANEL];
+        if let Some(bias) = bias {
+            for (addend, bias) in addend.iter_mut().zip(&bias[..size.0]) {
+                *addend = bias.to_f32();
             }
-            if self.direction == Direction::Forward {
-                (kernels.transpose)(sums);
-            }
-            let outputs = (size.0 - w).min(SIDE);
-            for token in 0..(size.1 - t).min(SIDE) {
-                let row = sums.row_f32_mut(token);
-                if let Some(bias) = bias {
-                    for (sum, bias) in row.iter_mut().zip(&bias[w..w + outputs]) {
-                        *sum += bias.to_f32();
-                    }
-                }
-                T::narrow(kernels, &row[..outputs], out.row_mut(tokens + t + token, weights + w, outputs));
-            }
+        }
+        let mut rows = [[T::default(); PANEL]; PANEL];
+        T::finish(kernels)(sums, self.direction == Direction::Forward, &addend, &mut rows);
+        for (token, row) in rows[..size.1].iter().enumerate() {
+            out.row_mut(tokens + token, weights, size.0).copy_from_slice(&row[..size.0]);
         }
     }
 }

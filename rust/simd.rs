@@ -20,7 +20,7 @@ mod avx512_linear;
 pub mod portable;
 
 use crate::error::Error;
-use crate::gemm::tile::{MultiplyBlock, Tile};
+use crate::gemm::tile::{MultiplyBlock, PANEL, Tile};
 use half::{bf16, f16};
 use std::sync::OnceLock;
 
@@ -88,13 +88,20 @@ pub struct Kernels {
     pub transpose: fn(&mut Tile),
     /// Two runs of 16 bf16 → 16 words, the first run in the lower halves.
     pub interleave: fn(&[bf16; 16], &[bf16; 16], &mut [u32; 16]),
-    /// f32 → bf16, to nearest, ties to even; both slices have the same length.
-    pub narrow_bf16: fn(&[f32], &mut [bf16]),
+    /// Four tiles of sums plus a bias per output → 32 tokens by 32 outputs.
+    pub finish_f32: Finish<f32>,
+    /// The same, rounded to bf16, to nearest, ties to even.
+    pub finish_bf16: Finish<bf16>,
     /// Up to how many rows of activations `linear_f32` beats panels (f32, then bf16).
     pub few_rows: [usize; 2],
     /// The same for bf16 activations where the CPU multiplies bf16; needs blocks of 64 or more.
     pub bf16: Option<Bf16Kernels>,
 }
+
+/// `sums` lie as `gemm/tile.rs` says; `transpose` says whether their rows are outputs (true) or
+/// tokens. `out[token][output]`.
+pub type Finish<T> =
+    fn(sums: &mut [Tile; 4], transpose: bool, bias: &[f32; PANEL], out: &mut [[T; PANEL]; PANEL]);
 
 /// A run of a row of W: whole pieces of blocks, each with its absmax.
 #[derive(Clone, Copy, Debug)]

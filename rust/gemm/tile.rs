@@ -14,7 +14,7 @@
 
 use super::Direction;
 use crate::element::Element;
-use crate::simd::{DecodeLeft, DecodeRight, Kernels};
+use crate::simd::{DecodeLeft, DecodeRight, Finish, Kernels};
 use half::bf16;
 
 /// Rows and columns of a tile.
@@ -31,13 +31,6 @@ pub struct Tile(pub [[u32; SIDE]; SIDE]);
 impl Tile {
     /// Nothing but zeros.
     pub const ZERO: Tile = Tile([[0; SIDE]; SIDE]);
-
-    /// A row of sums.
-    pub fn row_f32_mut(&mut self, row: usize) -> &mut [f32; SIDE] {
-        // SAFETY: u32 and f32 have the same size and alignment, and every bit pattern is a value of
-        // both; the borrow of the row carries over.
-        unsafe { &mut *(&raw mut self.0[row]).cast::<[f32; SIDE]>() }
-    }
 
     /// Swap rows and columns; the plain version of [`Kernels::transpose`].
     pub fn transpose(&mut self) {
@@ -113,8 +106,8 @@ pub trait Packable: Element {
     fn decode(kernels: &Kernels) -> Option<(DecodeLeft, DecodeRight)>;
     /// `PER_WORD` runs of weights, one after another in `group` → row `word` of the right operand's panels.
     fn put_group(kernels: &Kernels, group: &[Self], word: usize, steps: usize, panels: &mut [Tile]);
-    /// Round f32 values to this type.
-    fn narrow(kernels: &Kernels, values: &[f32], out: &mut [Self]);
+    /// Sums → results of this type.
+    fn finish(kernels: &Kernels) -> Finish<Self>;
 }
 
 impl Packable for f32 {
@@ -136,8 +129,8 @@ impl Packable for f32 {
         }
     }
 
-    fn narrow(_: &Kernels, values: &[f32], out: &mut [Self]) {
-        out.copy_from_slice(values);
+    fn finish(kernels: &Kernels) -> Finish<Self> {
+        kernels.finish_f32
     }
 }
 
@@ -164,8 +157,8 @@ impl Packable for bf16 {
         }
     }
 
-    fn narrow(kernels: &Kernels, values: &[f32], out: &mut [Self]) {
-        (kernels.narrow_bf16)(values, out);
+    fn finish(kernels: &Kernels) -> Finish<Self> {
+        kernels.finish_bf16
     }
 }
 

@@ -42,8 +42,8 @@ static KERNELS: Kernels = Kernels {
     decode: None,
     transpose: portable::KERNELS.transpose,
     interleave: portable::KERNELS.interleave,
-    // SAFETY: as above.
-    narrow_bf16: |values, out| unsafe { avx2_gemm::narrow_bf16(values, out) },
+    finish_f32: portable::KERNELS.finish_f32,
+    finish_bf16: portable::KERNELS.finish_bf16,
     few_rows: [6, 6],
     bf16: None,
 };

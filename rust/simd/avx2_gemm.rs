@@ -4,7 +4,6 @@
 //! values as f32: the upper one by a mask, the lower one by a shift.
 
 use crate::gemm::tile::{Block, SIDE, Tile};
-use half::bf16;
 use std::arch::x86_64::*;
 
 /// Rows of sums in registers.
@@ -71,11 +70,3 @@ define_multiply!(multiply_bf16, half_bf16, |sum, value, column| {
     let sum = _mm256_fmadd_ps(low(value), low(column), sum);
     _mm256_fmadd_ps(_mm256_and_ps(value, upper), _mm256_and_ps(column, upper), sum)
 });
-
-#[target_feature(enable = "avx2")]
-pub(super) fn narrow_bf16(values: &[f32], out: &mut [bf16]) {
-    // `half` rounds without branches but for NaN; the compiler vectorizes this loop.
-    for (value, out) in values.iter().zip(out) {
-        *out = bf16::from_f32(*value);
-    }
-}

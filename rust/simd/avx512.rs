@@ -59,7 +59,9 @@ static KERNELS: Kernels = Kernels {
     // SAFETY: as above.
     interleave: |even, odd, out| unsafe { avx512_gemm::interleave(even, odd, out) },
     // SAFETY: as above.
-    narrow_bf16: |values, out| unsafe { avx512_gemm::narrow_bf16(values, out) },
+    finish_f32: |sums, transpose, bias, out| unsafe { avx512_gemm::finish_f32(sums, transpose, bias, out) },
+    // SAFETY: as above.
+    finish_bf16: |sums, transpose, bias, out| unsafe { avx512_gemm::finish_bf16(sums, transpose, bias, out) },
     few_rows: [8, 8],
     bf16: None,
 };

@@ -3,7 +3,7 @@
 //! Eight rows by 32 columns of sums stay in 16 registers while the panels' steps go by; a word of
 //! the left operand is broadcast, a row of the right one is two vectors.
 
-use crate::gemm::tile::{Block, SIDE, Tile};
+use crate::gemm::tile::{Block, PANEL, SIDE, Tile};
 use half::bf16;
 use std::arch::x86_64::*;
 
@@ -140,24 +140,67 @@ pub(super) fn interleave(even: &[bf16; 16], odd: &[bf16; 16], out: &mut [u32; 16
     }
 }
 
+/// Two tiles of a token's outputs, biased: `half(vector, which half)` takes 16 outputs at a time.
+#[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq")]
-pub(super) fn narrow_bf16(values: &[f32], out: &mut [bf16]) {
-    let (values, values_tail) = values.as_chunks::<16>();
-    let (out, out_tail) = out.as_chunks_mut::<16>();
-    for (values, out) in values.iter().zip(out) {
-        // SAFETY: 16 floats are read, 16 values of 16 bits are written.
-        unsafe {
-            let value = _mm512_loadu_ps(values.as_ptr());
-            let bits = _mm512_castps_si512(value);
-            let odd = _mm512_and_si512(_mm512_srli_epi32::<16>(bits), _mm512_set1_epi32(1));
-            let rounded = _mm512_add_epi32(_mm512_add_epi32(bits, odd), _mm512_set1_epi32(0x7fff));
-            // NaN must stay NaN: set a bit that survives the cut.
-            let nan = _mm512_cmp_ps_mask::<_CMP_UNORD_Q>(value, value);
-            let quiet = _mm512_or_si512(bits, _mm512_set1_epi32(0x40_0000));
-            let chosen = _mm512_mask_blend_epi32(nan, rounded, quiet);
-            let narrow = _mm512_cvtepi32_epi16(_mm512_srli_epi32::<16>(chosen));
-            _mm256_storeu_si256(out.as_mut_ptr().cast(), narrow);
+fn finish(
+    sums: &mut [Tile; 4],
+    transposed: bool,
+    bias: &[f32; PANEL],
+    mut put: impl FnMut(usize, usize, __m512),
+) {
+    for (i, tile) in sums.iter_mut().enumerate() {
+        if transposed {
+            transpose(tile);
+        }
+        let (first_token, half) = if transposed { (i % 2, i / 2) } else { (i / 2, i % 2) };
+        // SAFETY: half < 2, so 16 floats from 16 * half lie in the array of 32.
+        let bias = unsafe { _mm512_loadu_ps(bias.as_ptr().add(half * SIDE)) };
+        for (row, words) in tile.0.iter().enumerate() {
+            // SAFETY: a row holds the 16 words that are read.
+            let sum = unsafe { _mm512_load_ps(words.as_ptr().cast()) };
+            put(first_token * SIDE + row, half, _mm512_add_ps(sum, bias));
         }
     }
-    (super::portable::KERNELS.narrow_bf16)(values_tail, out_tail);
+}
+
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq")]
+pub(super) fn finish_f32(
+    sums: &mut [Tile; 4],
+    transposed: bool,
+    bias: &[f32; PANEL],
+    out: &mut [[f32; PANEL]; PANEL],
+) {
+    finish(sums, transposed, bias, |token, half, value| {
+        // SAFETY: half < 2, so 16 floats from 16 * half lie in the row of 32.
+        unsafe { _mm512_storeu_ps(out[token].as_mut_ptr().add(half * SIDE), value) };
+    });
+}
+
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq")]
+pub(super) fn finish_bf16(
+    sums: &mut [Tile; 4],
+    transposed: bool,
+    bias: &[f32; PANEL],
+    out: &mut [[bf16; PANEL]; PANEL],
+) {
+    finish(sums, transposed, bias, |token, half, value| {
+        let narrow = round_to_bf16(value);
+        // SAFETY: half < 2, so 16 values from 16 * half lie in the row of 32.
+        unsafe { _mm256_storeu_si256(out[token].as_mut_ptr().add(half * SIDE).cast(), narrow) };
+    });
+}
+
+/// To nearest, ties to even; subnormal numbers are kept, NaN stays NaN.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq")]
+fn round_to_bf16(value: __m512) -> __m256i {
+    let bits = _mm512_castps_si512(value);
+    let odd = _mm512_and_si512(_mm512_srli_epi32::<16>(bits), _mm512_set1_epi32(1));
+    let rounded = _mm512_add_epi32(_mm512_add_epi32(bits, odd), _mm512_set1_epi32(0x7fff));
+    let nan = _mm512_cmp_ps_mask::<_CMP_UNORD_Q>(value, value);
+    // Set a bit that survives the cut.
+    let quiet = _mm512_or_si512(bits, _mm512_set1_epi32(0x40_0000));
+    let chosen = _mm512_mask_blend_epi32(nan, rounded, quiet);
+    _mm512_cvtepi32_epi16(_mm512_srli_epi32::<16>(chosen))
 }

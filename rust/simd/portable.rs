@@ -3,7 +3,7 @@
 use super::{Kernels, PREPARED_MULTIPLE, Strip};
 use crate::codebook::LEVELS;
 use crate::element::Element;
-use crate::gemm::tile::{SIDE, Tile};
+use crate::gemm::tile::{PANEL, SIDE, Tile};
 use crate::quantize::{SMALLEST_ABSMAX, nearest_code};
 
 /// The path that every CPU runs.
@@ -51,11 +51,8 @@ pub static KERNELS: Kernels = Kernels {
             *out = u32::from(even.to_bits()) | u32::from(odd.to_bits()) << 16;
         }
     },
-    narrow_bf16: |values, out| {
-        for (value, out) in values.iter().zip(out) {
-            *out = half::bf16::from_f32(*value);
-        }
-    },
+    finish_f32: finish,
+    finish_bf16: finish,
     few_rows: [4, 4],
     bf16: None,
 };
@@ -131,6 +128,28 @@ fn multiply(
                         *sum = multiply_add(word, f32::from_bits(*sum), column).to_bits();
                     }
                 }
+            }
+        }
+    }
+}
+
+/// Sums → results: see [`super::Finish`].
+fn finish<T: Element>(
+    sums: &mut [Tile; 4],
+    transpose: bool,
+    bias: &[f32; PANEL],
+    out: &mut [[T; PANEL]; PANEL],
+) {
+    for (i, tile) in sums.iter_mut().enumerate() {
+        if transpose {
+            tile.transpose();
+        }
+        // Four tiles [left half][right half]; the left side is outputs if they are to be transposed.
+        let (first_token, first) = if transpose { (i % 2, i / 2) } else { (i / 2, i % 2) };
+        for (row, out) in tile.0.iter().zip(&mut out[first_token * SIDE..]) {
+            let places = out[first * SIDE..].iter_mut().zip(&bias[first * SIDE..]);
+            for (&sum, (out, bias)) in row.iter().zip(places) {
+                *out = T::from_f32(f32::from_bits(sum) + bias);
             }
         }
     }
