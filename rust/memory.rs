@@ -2,9 +2,9 @@
 
 use crate::gemm::tile::Tile;
 use std::alloc::{Layout, alloc_zeroed, dealloc, handle_alloc_error};
+use std::cell::RefCell;
 use std::ops::{Deref, DerefMut};
 use std::ptr::NonNull;
-use std::sync::Mutex;
 
 const HUGE: usize = 2 << 20;
 
@@ -28,11 +28,12 @@ pub fn advise_huge_pages<T>(output: &mut [T]) {
 #[cfg(not(target_os = "linux"))]
 pub fn advise_huge_pages<T>(_: &mut [T]) {}
 
-/// Tiles for one call, from memory that earlier calls left behind; what they hold is unspecified.
+/// Tiles for one call, from memory that the thread's earlier calls left behind; what they hold is
+/// unspecified.
 ///
 /// A call needs a few megabytes, whose page faults would cost as much as its arithmetic if they were
-/// allocated anew. What is kept is what concurrent calls needed at most, 8 MiB per thread
-/// ([`crate::gemm`]).
+/// allocated anew. Each thread keeps its own, so there is no lock to wait for or to inherit in a
+/// forked child.
 pub struct Scratch {
     buffer: Option<Buffer>,
     length: usize,
@@ -49,33 +50,41 @@ unsafe impl Sync for Buffer {}
 // SAFETY: as above.
 unsafe impl Send for Buffer {}
 
-/// Buffers that no call is using.
-static KEPT: Mutex<Vec<Buffer>> = Mutex::new(Vec::new());
+thread_local! {
+    /// Buffers that no call of this thread is using, smallest first.
+    static KEPT: RefCell<Vec<Buffer>> = const { RefCell::new(Vec::new()) };
+}
 
-/// More than this many buffers are not kept: they are from a burst of concurrent calls.
-const MOST_KEPT: usize = 64;
+/// A call holds three at a time: activations, weights and sums.
+const MOST_KEPT: usize = 3;
 
 impl Scratch {
     /// `length` tiles.
     #[must_use]
     pub fn take(length: usize) -> Self {
         let bytes = length * size_of::<Tile>();
-        // A lock that another thread held during a fork stays locked in the child: never wait.
-        let kept = KEPT.try_lock().ok().and_then(|mut kept| {
+        // A thread that is ending has no kept buffers any more.
+        let kept = KEPT.try_with(|kept| {
+            let mut kept = kept.borrow_mut();
             let fits = kept.iter().position(|buffer| buffer.layout.size() >= bytes)?;
-            Some(kept.swap_remove(fits))
+            Some(kept.remove(fits))
         });
-        Self { buffer: Some(kept.unwrap_or_else(|| Buffer::allocate(bytes))), length }
+        Self { buffer: Some(kept.ok().flatten().unwrap_or_else(|| Buffer::allocate(bytes))), length }
     }
 }
 
 impl Drop for Scratch {
     fn drop(&mut self) {
-        if let (Some(buffer), Ok(mut kept)) = (self.buffer.take(), KEPT.try_lock())
-            && kept.len() < MOST_KEPT
-        {
-            kept.push(buffer);
-        }
+        let Some(buffer) = self.buffer.take() else { return };
+        // Where the thread is ending, the buffer is freed instead of kept.
+        let _ = KEPT.try_with(|kept| {
+            let mut kept = kept.borrow_mut();
+            let place = kept.partition_point(|other| other.layout.size() < buffer.layout.size());
+            kept.insert(place, buffer);
+            if kept.len() > MOST_KEPT {
+                kept.remove(0);
+            }
+        });
     }
 }
 
@@ -104,7 +113,8 @@ impl DerefMut for Scratch {
 impl Buffer {
     fn allocate(bytes: usize) -> Self {
         let align = if bytes >= HUGE / 2 { HUGE } else { align_of::<Tile>() };
-        let size = bytes.max(size_of::<Tile>()).next_multiple_of(align);
+        // Powers of two, so that slightly larger requests find a buffer that fits.
+        let size = bytes.max(align).next_power_of_two();
         let Ok(layout) = Layout::from_size_align(size, align) else {
             unreachable!("sizes were checked when the matrix was built")
         };
