@@ -15,11 +15,12 @@ import pytest
 import torch
 from hypothesis import HealthCheck, register_random, settings
 
-settings.register_profile("dev", max_examples=50, deadline=None)
-settings.register_profile(
-    "ci", max_examples=100, deadline=None, suppress_health_check=[HealthCheck.too_slow]
-)
-settings.register_profile("night", max_examples=10_000, deadline=None)
+SLOW_IS_FINE = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow]}
+settings.register_profile("dev", max_examples=50, **SLOW_IS_FINE)
+# The same examples each time, so that a run says something about the change it tests; new ones are
+# looked for by HYPOTHESIS_PROFILE=night.
+settings.register_profile("ci", max_examples=100, derandomize=True, **SLOW_IS_FINE)
+settings.register_profile("night", max_examples=1_000, print_blob=True, **SLOW_IS_FINE)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 
 

@@ -1,4 +1,4 @@
-"""JSONL files in, token ids and labels out: what is accepted, what is refused and how it is said."""
+"""JSONL files in, token ids and labels out: what is accepted, what is refused, and its words."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-
 from qlora_rs import QloraError
 from qlora_rs.recipes.data import (
     Example,
@@ -140,10 +139,9 @@ json_values = st.recursive(
 def test_any_json_line_is_an_example_or_a_line_error(value: object) -> None:
     try:
         example = parse_line(json.dumps(value))
-    except LineError as error:
-        assert str(error)
-    else:
-        assert example.messages[-1][0] == "assistant"
+    except LineError:
+        return
+    assert example.messages[-1][0] == "assistant"
 
 
 @given(st.binary(max_size=60))
@@ -216,13 +214,13 @@ def test_plain_text_is_encoded_without_a_template() -> None:
 
 def test_a_chat_without_a_template_is_refused_with_its_line() -> None:
     example = Example((("user", "a"), ("assistant", "b")), line=7)
-    with pytest.raises(QloraError, match="line 7 is a chat, but .* no chat template"):
+    with pytest.raises(QloraError, match=r"line 7 is a chat, but .* no chat template"):
         encode_example(example, tiny_tokenizer(chat_template=None))
 
 
 def test_a_template_that_fails_is_reported_with_the_line() -> None:
     tokenizer = tiny_tokenizer("{{ raise_exception('roles must alternate') }}")
-    with pytest.raises(QloraError, match="line 5 cannot be rendered .*roles must alternate"):
+    with pytest.raises(QloraError, match=r"line 5 cannot be rendered .*roles must alternate"):
         encode_example(Example((("user", "a"), ("assistant", "b")), line=5), tokenizer)
 
 

@@ -42,7 +42,8 @@ def test_the_dynamic_map_is_bitsandbytes_own_in_all_256_values(run_python) -> No
     # torch.linspace rounds differently by CPU capability; its AVX path fuses multiply and add.
     code = """
         import torch, bitsandbytes.functional as f
-        print(torch.backends.cpu.get_cpu_capability(), f.create_dynamic_map().view(torch.int32).tolist())
+        bits = f.create_dynamic_map().view(torch.int32).tolist()
+        print(torch.backends.cpu.get_cpu_capability(), bits)
     """
     done = run_python(code)
     capability, _, bits = done.stdout.partition(" ")
@@ -133,5 +134,5 @@ def test_a_statistic_that_is_not_finite_is_refused_with_its_index(bad: float) ->
     absmax[321] = bad
     parts = (absmax, torch.empty(700, dtype=torch.uint8), torch.empty(3))
     capsules = [torch.utils.dlpack.to_dlpack(part) for part in parts]
-    with pytest.raises(qlora_rs.QloraError, match="absmax holds a NaN .* at index 321"):
+    with pytest.raises(qlora_rs.QloraError, match=r"absmax holds a NaN .* at index 321"):
         _rust.double_quantize(*capsules, 1)

@@ -10,9 +10,8 @@ from pathlib import Path
 
 import numpy
 import pytest
-import torch
-
 import qlora_rs
+import torch
 from qlora_rs import QloraError
 from qlora_rs.recipes import checkpoint
 

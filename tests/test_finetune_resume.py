@@ -15,14 +15,18 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
-
 from qlora_rs import QloraError
-from qlora_rs.recipes.finetune import finetune, settings_of_run
+from qlora_rs.recipes.finetune import finetune
 from qlora_rs.recipes.progress import Progress
 from qlora_rs.recipes.run_callback import read_log
+from qlora_rs.recipes.run_identity import settings_of_run
 from qlora_rs.recipes.settings import FinetuneSettings
-from tiny_models import save_tiny_model, write_sums
+from safetensors.torch import load_file
+from tiny_models import (
+    one_thread,  # noqa: F401
+    save_tiny_model,
+    write_sums,
+)
 
 STEPS = 10
 
@@ -207,7 +211,7 @@ def test_changed_data_is_refused_and_moved_data_is_not(
     stopped: FinetuneSettings, tmp_path: Path
 ) -> None:
     other = write_sums(tmp_path / "other.jsonl", 23)
-    with pytest.raises(QloraError, match="the training data .*its digest differs"):
+    with pytest.raises(QloraError, match=r"the training data .*its digest differs"):
         finetune(replace(stopped, data=str(other)), resume=True)
     moved = tmp_path / "moved.jsonl"
     moved.write_bytes(Path(stopped.data).read_bytes())
@@ -217,7 +221,7 @@ def test_changed_data_is_refused_and_moved_data_is_not(
 
 def test_another_model_is_refused(stopped: FinetuneSettings, tmp_path: Path) -> None:
     other = save_tiny_model(tmp_path / "other", seed=1)
-    with pytest.raises(QloraError, match="the base model .*its digest differs"):
+    with pytest.raises(QloraError, match=r"the base model .*its digest differs"):
         finetune(replace(stopped, model=str(other)), resume=True)
 
 

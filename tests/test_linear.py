@@ -160,6 +160,23 @@ def test_linear_does_not_touch_its_inputs_nor_share_their_memory(
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("rows", [7, 40, 600])
+def test_lora_and_its_gradients_do_not_depend_on_the_number_of_threads(
+    rows: int, dtype: torch.dtype, torch_threads: object
+) -> None:
+    # With one row torch's own product with B depends on it, in float32.
+    packed, x = qlora_rs.quantize(torch.randn(500, 512)), torch.randn(rows, 512).to(dtype)
+    inputs = [x, torch.randn(16, 512), torch.randn(500, 16)]
+    inputs = [tensor.requires_grad_() for tensor in inputs]
+    seen = []
+    for threads in (1, 2, 3):
+        torch_threads(threads)
+        y = qlora_rs.lora_linear(inputs[0], packed, *inputs[1:], 0.5)
+        seen.append((y, *torch.autograd.grad(y.sum(), inputs)))
+    assert all(all(map(torch.equal, seen[0], found)) for found in seen)
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("rows", [1, 7, 40, 600])
 @pytest.mark.parametrize("shape", [(576, 576), (33, 100), (512, 2048)])
 def test_products_do_not_depend_on_the_number_of_threads(

@@ -150,6 +150,18 @@ def test_decoding_is_level_times_absmax_rounded_to_the_output_type(
     assert torch.equal(packed.dequantize(dtype), torch.from_numpy(exact).float().to(dtype))
 
 
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("columns", [512, 511, 33])
+def test_every_byte_decodes_to_its_two_levels(columns: int, dtype: torch.dtype) -> None:
+    codes = torch.arange(256, dtype=torch.uint8).repeat(columns)[:, None]
+    absmax = torch.rand(512 * columns // 32)
+    packed = qlora_rs.PackedWeight(
+        codes, absmax, None, None, None, torch.Size((512, columns)), dtype, 32
+    )
+    exact = reference.dequantize(codes.numpy(), absmax.numpy(), (512, columns), 32)
+    assert torch.equal(packed.dequantize(), torch.from_numpy(exact).float().to(dtype))
+
+
 @given(strategies.weights(), strategies.block_sizes, st.booleans())
 def test_quantizing_does_not_touch_its_input(
     weight: Tensor, block_size: int, double_quant: bool

@@ -1,10 +1,10 @@
 """QLoRA on one ordinary machine: 4-bit linear layers with LoRA, fast on a plain CPU.
 
-    packed = qlora_rs.quantize(weight)            # NF4 with double quantization
-    y = qlora_rs.linear(x, packed)                # never dequantizes the matrix
-    qlora_rs.quantize_model(model)                # every nn.Linear but lm_head
-    qlora_rs.add_lora(model, r=16, alpha=32)
-    qlora_rs.save_adapter(model, "adapter")       # peft loads it
+packed = qlora_rs.quantize(weight)            # NF4 with double quantization
+y = qlora_rs.linear(x, packed)                # never dequantizes the matrix
+qlora_rs.quantize_model(model)                # every nn.Linear but lm_head
+qlora_rs.add_lora(model, r=16, alpha=32)
+qlora_rs.save_adapter(model, "adapter")       # peft loads it
 """
 
 from qlora_rs._rust import __version__

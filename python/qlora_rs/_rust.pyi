@@ -4,9 +4,7 @@ from typing import Any, TypeAlias
 
 # A DLPack capsule, as torch.utils.dlpack.to_dlpack makes it.
 _Capsule: TypeAlias = Any
-_Packed: TypeAlias = tuple[
-    _Capsule, _Capsule, _Capsule | None, _Capsule | None, _Capsule | None
-]
+_Packed: TypeAlias = tuple[_Capsule, _Capsule, _Capsule | None, _Capsule | None, _Capsule | None]
 
 __all__ = [
     "QloraError",

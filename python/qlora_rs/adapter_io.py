@@ -8,6 +8,7 @@ unpickled, and a model is changed only after the whole adapter was found to fit.
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections import Counter
 from dataclasses import dataclass
@@ -141,7 +142,8 @@ def load_adapter(model: nn.Module, path: str | Path) -> nn.Module:
             with torch.no_grad():
                 layer.lora_A.copy_(new.lora_A)
                 layer.lora_B.copy_(new.lora_B)
-            layer.alpha, layer.scaling, layer.use_rslora = new.alpha, new.scaling, use_rslora
+            layer.alpha, layer.scaling = new.alpha, new.scaling
+            layer.use_rslora, layer.dropout = use_rslora, dropout
         else:
             replace_module(model, name, new)
     return model
@@ -153,7 +155,7 @@ def _read_config(path: Path) -> dict[str, Any]:
         config = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise QloraError(f"{path} holds no adapter: {CONFIG} is missing") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise QloraError(f"{file} cannot be read: {error}") from error
     if not isinstance(config, dict) or config.get("peft_type") != "LORA":
         kind = config.get("peft_type") if isinstance(config, dict) else type(config).__name__
@@ -171,7 +173,49 @@ def _read_config(path: Path) -> dict[str, Any]:
             f"{file} uses {', '.join(found)}, which this package does not compute; load it with "
             "peft instead"
         )
+    _check_fields(file, config)
     return config
+
+
+def _check_fields(file: Path, config: dict[str, Any]) -> None:
+    """Refuse values of the wrong kind here, so that no later code meets them."""
+
+    def number(value: object) -> bool:
+        return type(value) in (int, float) and math.isfinite(value)  # type: ignore[arg-type]
+
+    def patterns(value: object) -> bool:
+        return value is None or (
+            isinstance(value, dict)
+            and all(_is_pattern(key) and number(entry) for key, entry in value.items())
+        )
+
+    def targets(value: object) -> bool:
+        if isinstance(value, str):
+            return _is_pattern(value)
+        return value is None or (
+            isinstance(value, list) and all(isinstance(name, str) for name in value)
+        )
+
+    valid = {
+        "r": lambda value: type(value) is int and value >= 1,
+        "lora_alpha": number,
+        "lora_dropout": lambda value: number(value) and 0.0 <= value < 1.0,
+        "use_rslora": lambda value: value is None or isinstance(value, bool),
+        "rank_pattern": patterns,
+        "alpha_pattern": patterns,
+        "target_modules": targets,
+    }
+    for field, is_valid in valid.items():
+        if field in config and not is_valid(config[field]):
+            raise QloraError(f"{file} has {field}={config[field]!r}, which is no value for it")
+
+
+def _is_pattern(value: object) -> bool:
+    try:
+        re.compile(value)  # type: ignore[call-overload]
+    except (re.error, TypeError, RecursionError):
+        return False
+    return True
 
 
 def _read_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -190,7 +234,7 @@ def _read_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         data = file.read_bytes()
         tensors = safetensors.torch.load(data)
         length = int.from_bytes(data[:8], "little")
-        metadata = json.loads(data[8 : 8 + length]).get("__metadata__", {})
+        metadata = json.loads(data[8 : 8 + length]).get("__metadata__") or {}
     except (OSError, ValueError, safetensors.SafetensorError) as error:
         raise QloraError(f"{file} cannot be read: {error}") from error
     return tensors, metadata
@@ -200,7 +244,12 @@ def _check_belong_together(path: Path, config: dict[str, Any], metadata: dict[st
     """A crash between the two files of a replaced adapter leaves one of each."""
     if "qlora_rs.scaling" not in metadata:
         return
-    saved = json.loads(metadata["qlora_rs.scaling"])
+    try:
+        saved = json.loads(metadata["qlora_rs.scaling"])
+    except (ValueError, RecursionError):
+        saved = None
+    if not isinstance(saved, dict):
+        raise QloraError(f"the metadata of {path / WEIGHTS} is damaged; save the adapter again")
     differ = [f for f in _SCALING_FIELDS if f in config and config[f] != saved.get(f)]
     if differ:
         raise QloraError(
@@ -238,7 +287,7 @@ def _group(
                     f"{path / WEIGHTS}: the adapter of {name} holds values that are not finite "
                     "floats"
                 )
-        adapters[name] = _LayerAdapter(lora_a, lora_b, float(alpha))
+        adapters[name] = _LayerAdapter(lora_a, lora_b, alpha)
     return adapters
 
 

@@ -45,7 +45,7 @@ class LinearFunction(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             grad_x = torch.ops.qlora_rs.linear_backward(grad, *ctx.saved_tensors, *ctx.sizes)
         if ctx.needs_input_grad[9]:
-            grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0)
+            grad_bias = grad.flatten(0, -2).sum(0) if grad.dim() > 1 else grad
         return grad_x, *_NO_PACKED_GRADIENTS, grad_bias
 
 
@@ -92,7 +92,7 @@ class LoRALinearFunction(torch.autograd.Function):
                 grad, x, *packed, *ctx.sizes, lora_a, lora_b, ctx.scaling
             )
         if ctx.needs_input_grad[12]:
-            grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0)
+            grad_bias = grad.flatten(0, -2).sum(0) if grad.dim() > 1 else grad
         return grad_x, *_NO_PACKED_GRADIENTS, grad_a, grad_b, None, grad_bias
 
 
@@ -104,3 +104,13 @@ for _name, _function in (
     torch.library.register_autograd(
         f"qlora_rs::{_name}", _function.backward, setup_context=_function.setup_context
     )
+
+
+def _refuse_second_gradients(ctx: Any, *grads: Tensor) -> tuple:
+    raise RuntimeError(
+        "second gradients of lora_linear are not implemented (its backward is "
+        "once_differentiable): compute x Wᵀ with qlora_rs.linear, which has them, and the low-rank part with torch"
+    )
+
+
+torch.library.register_autograd("qlora_rs::lora_linear_backward", _refuse_second_gradients)

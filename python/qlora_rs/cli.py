@@ -211,8 +211,9 @@ def _add_finetune(commands: Any) -> None:
 
 
 def _finetune(arguments: argparse.Namespace) -> int:
-    from qlora_rs.recipes.finetune import finetune, settings_of_run
+    from qlora_rs.recipes.finetune import finetune
     from qlora_rs.recipes.report import finetune_table
+    from qlora_rs.recipes.run_identity import settings_of_run
     from qlora_rs.recipes.settings import FinetuneSettings
 
     names = {field.name for field in dataclasses.fields(FinetuneSettings)}

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +22,11 @@ _STATISTICS = ("absmax", "nested_absmax", "nested_offset", "nested_map")
 
 def _frozen(tensor: Tensor | None) -> nn.Parameter | None:
     return None if tensor is None else nn.Parameter(tensor, requires_grad=False)
+
+
+def _autocast(x: Tensor) -> bool:
+    # The meta device knows no autocast, and asking is an error there.
+    return x.device.type != "meta" and torch.is_autocast_enabled(x.device.type)
 
 
 class NF4Linear(nn.Linear):
@@ -42,6 +46,8 @@ class NF4Linear(nn.Linear):
     nested_absmax: nn.Parameter | None
     nested_offset: nn.Parameter | None
     nested_map: nn.Parameter | None
+
+    bias: nn.Parameter | None  # type: ignore[assignment]
 
     def __init__(
         self,
@@ -76,9 +82,11 @@ class NF4Linear(nn.Linear):
     @property
     def packed(self) -> PackedWeight:
         """The weight as a `PackedWeight` that shares this layer's memory."""
-        statistics = (getattr(self, name) for name in _STATISTICS)
+        nested = (self.nested_absmax, self.nested_offset, self.nested_map)
         shape = torch.Size((self.out_features, self.in_features))
-        return PackedWeight(self.weight, *statistics, shape, self.weight_dtype, self.block_size)
+        return PackedWeight(
+            self.weight, self.absmax, *nested, shape, self.weight_dtype, self.block_size
+        )
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
         """The dense weight [out, in]; see `PackedWeight.dequantize`."""
@@ -91,7 +99,7 @@ class NF4Linear(nn.Linear):
     def _inputs(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """x and bias in the dtype to compute in."""
         dtype = self.compute_dtype or x.dtype
-        if torch.is_autocast_enabled(x.device.type):
+        if _autocast(x):
             dtype = torch.get_autocast_dtype(x.device.type)
         bias = None if self.bias is None else self.bias.to(dtype)
         return x.to(dtype), bias
@@ -103,18 +111,18 @@ class NF4Linear(nn.Linear):
 
     @staticmethod
     def _outputs(y: Tensor, x: Tensor) -> Tensor:
-        return y if torch.is_autocast_enabled(x.device.type) else y.to(x.dtype)
+        return y if _autocast(x) else y.to(x.dtype)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> NF4Linear:
-        # `.to(dtype)`, `.half()` and the like must not round the statistics, whose dtype is part
-        # of the format; moving them to another device must still work.
+        # `.to(dtype)`, `.half()`, `.type()` must not convert codes or statistics, whose dtype is
+        # part of the format; moving them to another device must still work.
         def keep_dtype(tensor: Tensor) -> Tensor:
             if id(tensor) not in statistics:
                 return fn(tensor)
             moved = fn(tensor)
             return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
 
-        owned = (getattr(self, name) for name in _STATISTICS)
+        owned = (getattr(self, name) for name in ("weight", *_STATISTICS))
         statistics = {id(parameter) for parameter in owned if parameter is not None}
         return super()._apply(keep_dtype, recurse)
 

@@ -15,6 +15,7 @@ from torch import nn
 
 from qlora_rs.errors import QloraError
 from qlora_rs.layers import NF4Linear, QLoRALinear
+from qlora_rs.ops import check_weight
 
 # Names of attention projections in the model families of transformers.
 ATTENTION = (
@@ -62,6 +63,10 @@ def quantize_model(
             "is it quantized already?"
         )
     for name, module in chosen:
+        try:
+            check_weight(module.weight, block_size)
+        except QloraError as error:
+            raise QloraError(f"{name}: {error}; nothing was quantized") from error
         # Before the first replacement, so that a refusal leaves the model whole.
         if module.weight.device.type == "cpu" and not torch.isfinite(module.weight).all():
             count = int((~torch.isfinite(module.weight)).sum())
@@ -70,10 +75,15 @@ def quantize_model(
                 f"{name}.weight holds {count} NaN or infinite value(s), the first at flat index "
                 f"{first}; nothing was quantized, so clean or skip this layer"
             )
+    # A layer that stands in two places stays one layer.
+    places: dict[int, list[str]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        places.setdefault(id(module), []).append(name)
     model.requires_grad_(False)
     for done, (name, module) in enumerate(chosen, start=1):
         layer = NF4Linear.from_linear(module, block_size, double_quant, compute_dtype)
-        replace_module(model, name, layer.train(module.training))
+        for place in places[id(module)]:
+            replace_module(model, place, layer.train(module.training))
         if progress is not None:
             progress(done, len(chosen), name)
     return model

@@ -3,10 +3,14 @@
 Autograd is attached in `autograd.py`; the public functions with PackedWeight are in
 `functional.py`. Every operator takes a packed weight as the same eight arguments:
 
-    codes, absmax, nested_absmax?, nested_offset?, nested_map?, out_features, in_features, block_size
+    codes, absmax, nested_absmax?, nested_offset?, nested_map?,
+    out_features, in_features, block_size
 """
 
 from __future__ import annotations
+
+import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -41,7 +45,7 @@ for _name, _schema in _SCHEMAS.items():
 
 def check_weight(weight: Tensor, block_size: int) -> None:
     """Refuse what cannot be quantized."""
-    if block_size not in BLOCK_SIZES:
+    if type(block_size) is not int or block_size not in BLOCK_SIZES:
         sizes = ", ".join(map(str, BLOCK_SIZES))
         raise QloraError(f"block_size must be one of {sizes}, got {block_size} (64 is usual)")
     if weight.dim() != 2:
@@ -106,7 +110,8 @@ def _check_bias(bias: Tensor | None, out_features: int) -> None:
 
 def _rows(x: Tensor) -> Tensor:
     """Any leading shape and strides → contiguous [rows, features]."""
-    return x.reshape(-1, x.shape[-1]).contiguous()
+    # Not reshape(-1, ...): with no features, -1 could be anything.
+    return x.reshape(math.prod(x.shape[:-1]), x.shape[-1]).contiguous()
 
 
 @torch.library.register_kernel("qlora_rs::quantize", "cpu")
@@ -127,7 +132,7 @@ def _quantize_shape(weight: Tensor, block_size: int, double_quant: bool) -> tupl
 
 
 @torch.library.register_kernel("qlora_rs::dequantize", "cpu")
-def _dequantize(*arguments) -> Tensor:
+def _dequantize(*arguments: Any) -> Tensor:
     packed, (dtype,) = Packed(*arguments[:8]), arguments[8:]
     _check_output_dtype(dtype)
     rows, columns = (0, packed.out_features), (0, packed.in_features)
@@ -135,7 +140,7 @@ def _dequantize(*arguments) -> Tensor:
 
 
 @torch.library.register_fake("qlora_rs::dequantize")
-def _dequantize_shape(*arguments) -> Tensor:
+def _dequantize_shape(*arguments: Any) -> Tensor:
     packed, (dtype,) = Packed(*arguments[:8]), arguments[8:]
     _check_output_dtype(dtype)
     return packed.codes.new_empty((packed.out_features, packed.in_features), dtype=dtype)
@@ -143,13 +148,11 @@ def _dequantize_shape(*arguments) -> Tensor:
 
 def _check_output_dtype(dtype: torch.dtype) -> None:
     if dtype not in ACTIVATIONS:
-        raise QloraError(
-            f"dtype must be float32, float16, bfloat16 or float64, got {dtype}; NF4 decodes to floats"
-        )
+        raise QloraError(f"dtype must be float32, float16, bfloat16 or float64, got {dtype}")
 
 
 @torch.library.register_kernel("qlora_rs::linear", "cpu")
-def _linear(x: Tensor, *arguments) -> Tensor:
+def _linear(x: Tensor, *arguments: Any) -> Tensor:
     packed, (bias,) = Packed(*arguments[:8]), arguments[8:]
     check_activations("x", x, packed.in_features, packed.codes, bias)
     _check_bias(bias, packed.out_features)
@@ -158,7 +161,7 @@ def _linear(x: Tensor, *arguments) -> Tensor:
 
 
 @torch.library.register_fake("qlora_rs::linear")
-def _linear_shape(x: Tensor, *arguments) -> Tensor:
+def _linear_shape(x: Tensor, *arguments: Any) -> Tensor:
     packed, (bias,) = Packed(*arguments[:8]), arguments[8:]
     check_activations("x", x, packed.in_features, packed.codes, bias)
     _check_bias(bias, packed.out_features)
@@ -166,7 +169,7 @@ def _linear_shape(x: Tensor, *arguments) -> Tensor:
 
 
 @torch.library.register_kernel("qlora_rs::linear_backward", "cpu")
-def _linear_backward(grad: Tensor, *arguments) -> Tensor:
+def _linear_backward(grad: Tensor, *arguments: Any) -> Tensor:
     packed = Packed(*arguments)
     check_activations("grad", grad, packed.out_features, packed.codes)
     grad_x = cpu.linear_backward(_rows(grad), packed)
@@ -174,14 +177,14 @@ def _linear_backward(grad: Tensor, *arguments) -> Tensor:
 
 
 @torch.library.register_fake("qlora_rs::linear_backward")
-def _linear_backward_shape(grad: Tensor, *arguments) -> Tensor:
+def _linear_backward_shape(grad: Tensor, *arguments: Any) -> Tensor:
     packed = Packed(*arguments)
     check_activations("grad", grad, packed.out_features, packed.codes)
     return grad.new_empty((*grad.shape[:-1], packed.in_features))
 
 
 @torch.library.register_kernel("qlora_rs::lora_linear", "cpu")
-def _lora_linear(x: Tensor, *arguments) -> Tensor:
+def _lora_linear(x: Tensor, *arguments: Any) -> Tensor:
     packed, (lora_a, lora_b, scaling, bias) = Packed(*arguments[:8]), arguments[8:]
     check_activations("x", x, packed.in_features, packed.codes, bias)
     check_lora(lora_a, lora_b, packed)
@@ -192,7 +195,7 @@ def _lora_linear(x: Tensor, *arguments) -> Tensor:
 
 
 @torch.library.register_fake("qlora_rs::lora_linear")
-def _lora_linear_shape(x: Tensor, *arguments) -> Tensor:
+def _lora_linear_shape(x: Tensor, *arguments: Any) -> Tensor:
     packed, (lora_a, lora_b, _, bias) = Packed(*arguments[:8]), arguments[8:]
     check_activations("x", x, packed.in_features, packed.codes, bias)
     check_lora(lora_a, lora_b, packed)
@@ -201,7 +204,9 @@ def _lora_linear_shape(x: Tensor, *arguments) -> Tensor:
 
 
 @torch.library.register_kernel("qlora_rs::lora_linear_backward", "cpu")
-def _lora_linear_backward(grad: Tensor, x: Tensor, *arguments) -> tuple[Tensor, Tensor, Tensor]:
+def _lora_linear_backward(
+    grad: Tensor, x: Tensor, *arguments: Any
+) -> tuple[Tensor, Tensor, Tensor]:
     packed, (lora_a, lora_b, scaling) = Packed(*arguments[:8]), arguments[8:]
     check_activations("grad", grad, packed.out_features, packed.codes)
     grad_x, grad_a, grad_b = cpu.lora_linear_backward(
@@ -212,7 +217,7 @@ def _lora_linear_backward(grad: Tensor, x: Tensor, *arguments) -> tuple[Tensor, 
 
 @torch.library.register_fake("qlora_rs::lora_linear_backward")
 def _lora_linear_backward_shape(
-    grad: Tensor, x: Tensor, *arguments
+    grad: Tensor, x: Tensor, *arguments: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
     packed, (lora_a, lora_b, _) = Packed(*arguments[:8]), arguments[8:]
     check_activations("grad", grad, packed.out_features, packed.codes)

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import functools
 import json
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
@@ -18,6 +19,8 @@ from qlora_rs.errors import QloraError
 from qlora_rs.ops import BLOCK_SIZES, check_weight
 
 NESTED_BLOCK = 256
+# nested_absmax, nested_offset, nested_map
+_Nested: TypeAlias = tuple[Tensor | None, Tensor | None, Tensor | None]
 _DTYPE_NAMES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
@@ -62,12 +65,12 @@ class PackedWeight:
     block_size: int
 
     def __post_init__(self) -> None:
-        if self.block_size not in BLOCK_SIZES:
+        if type(self.block_size) is not int or self.block_size not in BLOCK_SIZES:
             raise QloraError(f"block_size must be one of {BLOCK_SIZES}, got {self.block_size}")
         count = self.shape.numel()
         blocks = -(-count // self.block_size)
         nested = self.nested_absmax is not None
-        expected = [
+        expected: list[tuple[str, Tensor | None, torch.dtype, int]] = [
             ("codes", self.codes, torch.uint8, (count + 1) // 2),
             ("absmax", self.absmax, torch.uint8 if nested else torch.float32, blocks),
         ]
@@ -120,9 +123,20 @@ class PackedWeight:
 
     def to(self, device: torch.device | str) -> PackedWeight:
         """The same bytes on another device."""
-        moved = (None if t is None else t.to(device) for t in self._tensors())
-        names = ("codes", "absmax", "nested_absmax", "nested_offset", "nested_map")
-        return replace(self, **dict(zip(names, moved, strict=True)))
+        return self._with_tensors(*(None if t is None else t.to(device) for t in self._tensors()))
+
+    def _with_tensors(
+        self,
+        codes: Tensor | None,
+        absmax: Tensor | None,
+        nested_absmax: Tensor | None,
+        nested_offset: Tensor | None,
+        nested_map: Tensor | None,
+    ) -> PackedWeight:
+        assert codes is not None
+        assert absmax is not None
+        nested = (nested_absmax, nested_offset, nested_map)
+        return PackedWeight(codes, absmax, *nested, self.shape, self.dtype, self.block_size)
 
     def to_bitsandbytes(self, prefix: str) -> dict[str, Tensor]:
         """bitsandbytes' state-dict entries for a weight called `prefix`, e.g. "layer.weight"."""
@@ -148,7 +162,9 @@ class PackedWeight:
             entries[f"{prefix}.nested_absmax"] = self.nested_absmax
             entries[f"{prefix}.nested_quant_map"] = self.nested_map
         text = bytearray(json.dumps(state).encode())
-        entries[f"{prefix}.quant_state.bitsandbytes__nf4"] = torch.frombuffer(text, dtype=torch.uint8)
+        entries[f"{prefix}.quant_state.bitsandbytes__nf4"] = torch.frombuffer(
+            text, dtype=torch.uint8
+        )
         return entries
 
     @staticmethod
@@ -162,13 +178,26 @@ class PackedWeight:
 
 def _from_bitsandbytes(entries: dict[str, Tensor], prefix: str) -> PackedWeight:
     def entry(suffix: str) -> Tensor:
-        try:
-            return entries[prefix + suffix]
-        except KeyError:
+        value = entries.get(prefix + suffix)
+        if value is None:
             raise QloraError(
                 f"{prefix + suffix} is missing: {prefix} is not a weight that bitsandbytes saved "
                 "as NF4"
-            ) from None
+            )
+        if not isinstance(value, Tensor):
+            raise QloraError(f"{prefix + suffix} must be a tensor, got {type(value).__name__}")
+        return value.detach().contiguous()
+
+    def statistic(suffix: str) -> Tensor:
+        value = entry(suffix)
+        if value.is_floating_point() and value.device.type != "meta":
+            bad = ~torch.isfinite(value.flatten())
+            if bad.any():
+                raise QloraError(
+                    f"{prefix + suffix} holds {int(bad.sum())} NaN or infinite value(s), the first "
+                    f"at index {int(bad.nonzero()[0])}; the file is damaged"
+                )
+        return value
 
     if f"{prefix}.quant_state.bitsandbytes__fp4" in entries:
         raise QloraError(f"{prefix} is FP4; only NF4 is supported, so quantize the float weight")
@@ -177,41 +206,64 @@ def _from_bitsandbytes(entries: dict[str, Tensor], prefix: str) -> PackedWeight:
     if not torch.equal(found, levels()):
         raise QloraError(f"{prefix}.quant_map is not the NF4 table; its codes cannot be read")
     codes = entry("")
+    if codes.dim() == 0:
+        raise QloraError(f"{prefix} must hold packed codes, got a single number")
     if codes.dtype != torch.uint8:
         # bnb_4bit_quant_storage: the same bytes seen as another dtype.
         codes = codes.view(torch.uint8)
-    nested: tuple[Tensor | None, ...] = (None, None, None)
-    if "nested_blocksize" in state:
-        if state["nested_blocksize"] != NESTED_BLOCK:
-            raise QloraError(
-                f"{prefix} has nested blocks of {state['nested_blocksize']}; only {NESTED_BLOCK} "
-                "is supported"
-            )
+    nested: _Nested = (None, None, None)
+    if "nested_offset" in state:
         offset = torch.tensor(state["nested_offset"], dtype=torch.float32, device=codes.device)
-        nested = (entry(".nested_absmax"), offset, entry(".nested_quant_map").to(torch.float32))
+        table = statistic(".nested_quant_map").to(torch.float32)
+        nested = (statistic(".nested_absmax"), offset, table)
     shape = torch.Size(state["shape"])
     dtype = _DTYPE_NAMES[state["dtype"]]
-    codes = codes.contiguous().reshape(-1, 1)
-    return PackedWeight(codes, entry(".absmax"), *nested, shape, dtype, state["blocksize"])
+    absmax = statistic(".absmax")
+    return PackedWeight(codes.reshape(-1, 1), absmax, *nested, shape, dtype, state["blocksize"])
 
 
 def _read_state(packed: Tensor, prefix: str) -> dict:
+    """The JSON that describes a weight, every field of it checked."""
     try:
-        state = json.loads(bytes(packed.cpu().to(torch.uint8).tolist()))
-        shape = state["shape"]
-        valid = (
-            state["dtype"] in _DTYPE_NAMES
-            and state["quant_type"] == "nf4"
-            and len(shape) == 2
-            and all(isinstance(size, int) and size >= 0 for size in shape)
-            and isinstance(state["blocksize"], int)
-            and isinstance(state.get("nested_offset", 0.0), float)
-        )
-    except (ValueError, KeyError, TypeError) as error:
+        state = json.loads(bytes(packed.cpu().to(torch.uint8).flatten().tolist()))
+    except (ValueError, RecursionError) as error:
         raise QloraError(f"the quant_state of {prefix} cannot be read: {error}") from error
-    if not valid:
-        raise QloraError(f"the quant_state of {prefix} does not describe an NF4 matrix: {state}")
+    if not isinstance(state, dict):
+        raise QloraError(f"the quant_state of {prefix} is no JSON object: {state!r}")
+    nested = any(field.startswith("nested_") for field in state)
+    fields = {
+        "quant_type": lambda value: value == "nf4",
+        "blocksize": lambda value: type(value) is int and value in BLOCK_SIZES,
+        "dtype": lambda value: isinstance(value, str) and value in _DTYPE_NAMES,
+        "shape": _is_shape,
+    }
+    if nested:
+        fields["nested_blocksize"] = lambda value: value == NESTED_BLOCK
+        fields["nested_offset"] = _is_float32
+    for field, is_valid in fields.items():
+        if field not in state:
+            raise QloraError(f"the quant_state of {prefix} lacks {field}: {state}")
+        if not is_valid(state[field]):
+            raise QloraError(
+                f"the quant_state of {prefix} has {field}={state[field]!r}, which no NF4 matrix has"
+            )
     return state
+
+
+def _is_shape(value: object) -> bool:
+    """Two sizes whose product, in bits, still fits in 64."""
+    return (
+        isinstance(value, list)
+        and len(value) == 2
+        and all(type(size) is int and 0 <= size < 1 << 56 for size in value)
+        and value[0] * value[1] < 1 << 56
+    )
+
+
+def _is_float32(value: object) -> bool:
+    return (
+        type(value) in (int, float) and abs(value) <= torch.finfo(torch.float32).max  # type: ignore[arg-type]
+    )
 
 
 def quantize(weight: Tensor, block_size: int = 64, double_quant: bool = True) -> PackedWeight:
@@ -234,5 +286,7 @@ def quantize(weight: Tensor, block_size: int = 64, double_quant: bool = True) ->
         raise QloraError(f'weight is on {weight.device}; move it to the CPU first with .to("cpu")')
     weight = weight.detach()
     codes, absmax, *nested = torch.ops.qlora_rs.quantize(weight, block_size, double_quant)
-    parts = (nested[0], nested[1], dynamic_map().to(codes.device)) if double_quant else (None,) * 3
+    parts: _Nested = (None, None, None)
+    if double_quant:
+        parts = (nested[0], nested[1], dynamic_map().to(codes.device))
     return PackedWeight(codes, absmax, *parts, weight.shape, weight.dtype, block_size)

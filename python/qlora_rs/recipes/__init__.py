@@ -9,10 +9,14 @@ Read in the order a training line travels:
     output_folder.py what a run may write, and where; files are replaced atomically
     trainer.py       trl's SFTTrainer with our loss and our checkpoints
     checkpoint.py    a training checkpoint: complete or absent, never unpickled
+    run_callback.py  progress and log beside the training loop
     progress.py      one live line, time left, Ctrl-C
+    run_identity.py  what must be equal for a run to be resumed
     finetune.py      all of the above in order
+    report.py        loss curve and summary
     generate.py      batched greedy answers
-    country_codes.py, scores.py, memory_peer.py, demo.py    the demonstration
+    calendar_dates.py, scores.py, memory_peer.py, demo.py    the demonstration
+    doctor.py        versions, CPU path, GPU, self-test
 
 Nothing here is imported by ``import qlora_rs``; it needs ``pip install "qlora_rs[train]"``.
 """

@@ -6,12 +6,13 @@ which file is missing, and one repair (see ``_load_gguf``). Read next: ``finetun
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
+import io
 import json
 import logging
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -136,13 +137,15 @@ def _load_gguf(path: Path, dtype: Any, transformers: Any) -> Any:
     """
     from transformers.utils.quantization_config import GgufConfig
 
-    return transformers.AutoModelForCausalLM.from_pretrained(
-        path.parent,
-        gguf_file=path.name,
-        dtype=dtype,
-        quantization_config=GgufConfig(dequantize=True),
-        local_files_only=True,
-    )
+    # The GGUF reader draws a progress bar that no setting of transformers switches off.
+    with contextlib.redirect_stderr(io.StringIO()):
+        return transformers.AutoModelForCausalLM.from_pretrained(
+            path.parent,
+            gguf_file=path.name,
+            dtype=dtype,
+            quantization_config=GgufConfig(dequantize=True),
+            local_files_only=True,
+        )
 
 
 def load_tokenizer(path: str | Path) -> Any:
@@ -221,7 +224,7 @@ def import_transformers() -> Any:
     return transformers
 
 
-@contextmanager
+@contextlib.contextmanager
 def quiet_libraries() -> Iterator[None]:
     """Hold back progress bars and information lines of transformers and datasets, then restore.
 

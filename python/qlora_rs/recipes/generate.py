@@ -72,6 +72,9 @@ def generate_answers(
     config = _greedy(model, tokenizer, max_new_tokens)
     was_training = model.training
     model.eval()
+    # Of a prompt only the last position reaches the LM head, as a strided slice, for which torch
+    # copies the head's weight once per row of the batch: gigabytes. A contiguous slice avoids it.
+    head = model.get_output_embeddings().register_forward_pre_hook(_contiguous)
     try:
         for start in range(0, len(order), batch_size):
             places = order[start : start + batch_size]
@@ -91,8 +94,13 @@ def generate_answers(
             if progress is not None:
                 progress(min(start + batch_size, len(order)), len(order))
     finally:
+        head.remove()
         model.train(was_training)
     return answers
+
+
+def _contiguous(module: Any, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+    return (inputs[0].contiguous(), *inputs[1:])
 
 
 def render_prompt(tokenizer: Any, prompt: Chat | str) -> tuple[str, bool]:

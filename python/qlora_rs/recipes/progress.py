@@ -62,6 +62,8 @@ class Progress:
         self._shown_at = now
         if not live:
             self._print(text)
+            if last:
+                self._close_line()
             return
         # "\x1b[K" clears what a longer earlier line left behind.
         self.stream.write(f"\r{text}\x1b[K")

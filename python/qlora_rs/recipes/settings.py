@@ -34,7 +34,7 @@ class FinetuneSettings:
     >>> FinetuneSettings("model", "train.jsonl", "out", r=0)
     Traceback (most recent call last):
         ...
-    qlora_rs.errors.QloraError: --r must be between 1 and 4096, got 0 (try 16)
+    qlora_rs.QloraError: --r must be between 1 and 4096, got 0 (try 16)
     """
 
     model: str

@@ -1,0 +1,122 @@
+"""Fair timing of contenders side by side, and the record of what was measured where."""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import datetime
+import os
+import platform
+import re
+import statistics
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import bitsandbytes
+import peft
+import qlora_rs
+import torch
+from qlora_rs import _rust
+
+RECORD = Path(__file__).parent / "record"
+
+
+def interleave(
+    contenders: dict[str, Callable[[], object]], seconds: float = 2.0, sample: float = 0.005
+) -> dict[str, float]:
+    """Median seconds per call of each contender, measured in turns.
+
+    Each turn times every contender once, so that whatever else the machine does falls on all of
+    them. Calls shorter than `sample` are repeated within a turn until they fill it. `seconds` is
+    the time for all turns together; there are at least five.
+    """
+    repeats = {}
+    for name, call in contenders.items():
+        call()
+        start = time.perf_counter()
+        call()
+        repeats[name] = max(1, round(sample / max(time.perf_counter() - start, 1e-7)))
+    times: dict[str, list[float]] = {name: [] for name in contenders}
+    end = time.perf_counter() + seconds
+    while time.perf_counter() < end or min(map(len, times.values())) < 5:
+        for name, call in contenders.items():
+            start = time.perf_counter()
+            for _ in range(repeats[name]):
+                call()
+            times[name].append((time.perf_counter() - start) / repeats[name])
+    return {name: statistics.median(measured) for name, measured in times.items()}
+
+
+def cpu_model() -> str:
+    """As the system names it."""
+    if Path("/proc/cpuinfo").exists():
+        found = re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text())
+        if found:
+            return found[1].strip()
+    return platform.processor() or platform.machine()
+
+
+def cpu_slug() -> str:
+    """The folder of this machine's records."""
+    features = f"{cpu_model()} {_rust.cpu_path()} {os.cpu_count()} cores"
+    return re.sub(r"[^a-z0-9]+", "-", features.lower()).strip("-")
+
+
+def machine() -> str:
+    """One line: what ran, on what, and how busy it was."""
+    load = os.getloadavg()[0]
+    return (
+        f"{cpu_model()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, path "
+        f"{_rust.cpu_path()}, load {load:.1f} | qlora_rs {qlora_rs.__version__}, torch "
+        f"{torch.__version__}, bitsandbytes {bitsandbytes.__version__}, peft {peft.__version__}, "
+        f"Python {platform.python_version()}"
+    )
+
+
+class Table:
+    """Rows of figures, printed as they come and written down with --record."""
+
+    def __init__(self, name: str, columns: Iterable[str]) -> None:
+        self.name, self.columns = name, list(columns)
+        self.rows: list[list[str]] = []
+        self.lines = [f"benches.{name}  {datetime.date.today()}", machine(), ""]
+        print("\n".join(self.lines))
+        self._print(self.columns)
+
+    def _print(self, cells: list[str]) -> None:
+        line = "  ".join(
+            cell.ljust(max(len(column), 12)) if i == 0 else cell.rjust(max(len(column), 9))
+            for i, (cell, column) in enumerate(zip(cells, self.columns, strict=True))
+        )
+        self.lines.append(line)
+        print(line, flush=True)
+
+    def row(self, *cells: str | float) -> None:
+        """Add a row; floats are shown with three significant digits."""
+        self.rows.append([cell if isinstance(cell, str) else f"{cell:.3g}" for cell in cells])
+        self._print(self.rows[-1])
+
+    def say(self, text: str) -> None:
+        """Add a line below the table."""
+        self.lines.append(text)
+        print(text, flush=True)
+
+    def record(self) -> None:
+        """Write the table to record/<machine>/<date>-<name>.{csv,txt}."""
+        folder = RECORD / cpu_slug()
+        folder.mkdir(parents=True, exist_ok=True)
+        stem = folder / f"{datetime.date.today()}-{self.name}"
+        stem.with_suffix(".txt").write_text("\n".join(self.lines) + "\n")
+        with stem.with_suffix(".csv").open("w", newline="") as file:
+            csv.writer(file).writerows([self.columns, *self.rows])
+        print(f"recorded in {stem.relative_to(RECORD.parent.parent)}.txt and .csv")
+
+
+def arguments(description: str) -> argparse.ArgumentParser:
+    """The options that all benches share."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--record", action="store_true", help="write benches/record/")
+    parser.add_argument("--seconds", type=float, default=2.0, help="time per row of the table")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    return parser
