@@ -109,7 +109,8 @@ for _name, _function in (
 def _refuse_second_gradients(ctx: Any, *grads: Tensor) -> tuple:
     raise RuntimeError(
         "second gradients of lora_linear are not implemented (its backward is "
-        "once_differentiable): compute x Wᵀ with qlora_rs.linear, which has them, and the low-rank part with torch"
+        "once_differentiable): compute x Wᵀ with qlora_rs.linear, which has them, and the "
+        "low-rank part with torch"
     )
 
 
