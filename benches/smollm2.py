@@ -18,6 +18,8 @@ import subprocess
 import sys
 import time
 
+from benches.measure import Table
+
 SHAPES = ((2, 256), (1, 64))
 SIDES = ("ours", "bitsandbytes")
 DECODED = 24
@@ -124,7 +126,18 @@ def main() -> None:
         work = train(side, *map(int, numbers)) if kind == "train" else decode(side)
         print(json.dumps(work))
         return
-    rows = []
+    table = Table(
+        "smollm2",
+        (
+            "task",
+            "ours tokens/s",
+            "bnb tokens/s",
+            "speed ratio",
+            "ours MB",
+            "bnb MB",
+            "memory ratio",
+        ),
+    )
     tasks = [("train", *map(str, shape), str(options.steps)) for shape in SHAPES] + [("decode",)]
     for kind, *numbers in tasks:
         runs: dict[str, list[dict]] = {side: [] for side in SIDES}
@@ -136,23 +149,19 @@ def main() -> None:
             assert abs(ours[0]["loss"] - peer[0]["loss"]) < 0.05, (ours[0], peer[0])
         count = int(numbers[0]) * int(numbers[1]) if kind == "train" else 1
         speeds = [count / statistics.median(r["seconds"] for r in side) for side in (ours, peer)]
-        peaks = [statistics.median(r["peak_bytes"] for r in side) for side in (ours, peer)]
-        rows.append(
-            {
-                "task": " ".join([kind, "x".join(numbers[:2])]).strip(),
-                "ours_tokens_per_second": round(speeds[0], 1),
-                "bitsandbytes_tokens_per_second": round(speeds[1], 1),
-                "speed_ratio": round(speeds[0] / speeds[1], 2),
-                "ours_peak_mb": round(peaks[0] / 1e6),
-                "bitsandbytes_peak_mb": round(peaks[1] / 1e6),
-                "memory_ratio": round(peaks[0] / peaks[1], 2),
-            }
+        peaks = [statistics.median(r["peak_bytes"] for r in side) / 1e6 for side in (ours, peer)]
+        table.row(
+            " ".join([kind, "x".join(numbers[:2])]).strip(),
+            f"{speeds[0]:.1f}",
+            f"{speeds[1]:.1f}",
+            f"{speeds[0] / speeds[1]:.2f}x",
+            f"{peaks[0]:.0f}",
+            f"{peaks[1]:.0f}",
+            f"{peaks[0] / peaks[1]:.2f}x",
         )
-        print(rows[-1], flush=True)
+    table.say("speed ratio: ours / peer; memory ratio: peak resident size, ours / peer")
     if options.record:
-        from benches.peers import record
-
-        record("smollm2", rows)
+        table.record()
 
 
 if __name__ == "__main__":
