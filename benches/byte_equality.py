@@ -15,12 +15,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import bitsandbytes.functional as bitsandbytes
-import qlora_rs
 import torch
-from qlora_rs.quantize import dynamic_map
 from torch import Tensor
 
+import qlora_rs
 from benches.measure import Table, arguments
+from qlora_rs.quantize import dynamic_map
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)

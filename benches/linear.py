@@ -13,11 +13,11 @@ import itertools
 from collections.abc import Callable
 
 import torch
-from qlora_rs import PackedWeight
 from torch import nn
 
 from benches import peers
 from benches.measure import Table, arguments, interleave
+from qlora_rs import PackedWeight
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 COLUMNS = ("ours", "ours eval", "torch dense", "bnb autograd", "bnb eval")

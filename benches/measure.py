@@ -15,8 +15,9 @@ from pathlib import Path
 
 import bitsandbytes
 import peft
-import qlora_rs
 import torch
+
+import qlora_rs
 from qlora_rs import _rust
 
 RECORD = Path(__file__).parent / "record"

@@ -10,10 +10,11 @@ from collections.abc import Callable
 
 import bitsandbytes
 import peft
-import qlora_rs
 import torch
-from qlora_rs import NF4Linear, PackedWeight, QLoRALinear
 from torch import Tensor, nn
+
+import qlora_rs
+from qlora_rs import NF4Linear, PackedWeight, QLoRALinear
 
 Layer = Callable[[Tensor], Tensor]
 

@@ -7,10 +7,10 @@ project: quantize at least 20 times faster, dequantize at least twice.
 from __future__ import annotations
 
 import bitsandbytes.functional as bitsandbytes
-import qlora_rs
 import torch
 from torch import Tensor
 
+import qlora_rs
 from benches.measure import Table, arguments, interleave
 
 BARS = {"quantize": 20.0, "dequantize": 2.0}

@@ -28,6 +28,7 @@ DECODED = 24
 def build(side: str):
     """The model with adapters, as a user of either library builds it."""
     import torch
+
     from qlora_rs.recipes.base_model import demo_model_path, load_base_model
 
     torch.manual_seed(0)

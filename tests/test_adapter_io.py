@@ -9,11 +9,12 @@ from pathlib import Path
 
 import peft
 import pytest
-import qlora_rs
 import tiny_llama
 import torch
 from safetensors.torch import load_file
 from tiny_llama import logits
+
+import qlora_rs
 
 # Warnings of peft about models that come from no hub.
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")

@@ -7,14 +7,15 @@ from collections.abc import Callable
 
 import bitsandbytes.functional as bitsandbytes
 import pytest
-import qlora_rs
 import strategies
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from qlora_rs import PackedWeight, QloraError
 from strategies import BLOCK_SIZES, FLOATS
 from torch import Tensor
+
+import qlora_rs
+from qlora_rs import PackedWeight, QloraError
 
 STATE = "w.quant_state.bitsandbytes__nf4"
 

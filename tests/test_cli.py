@@ -11,12 +11,13 @@ import sys
 from pathlib import Path
 
 import pytest
-from qlora_rs import cli
 from tiny_models import (
     one_thread,  # noqa: F401
     save_tiny_model,
     write_sums,
 )
+
+from qlora_rs import cli
 
 
 @pytest.fixture(scope="module")

@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tiny_models import CHAT_TEMPLATE, tiny_tokenizer
+
 from qlora_rs import QloraError
 from qlora_rs.recipes.data import (
     Example,
@@ -17,7 +19,6 @@ from qlora_rs.recipes.data import (
     write_examples,
 )
 from qlora_rs.recipes.encode import IGNORED, encode_example, encode_examples
-from tiny_models import CHAT_TEMPLATE, tiny_tokenizer
 
 GOOD = '{"prompt": "2+2=", "completion": "4"}'
 

@@ -8,13 +8,14 @@ import math
 import bitsandbytes.functional as bitsandbytes
 import numpy as np
 import pytest
-import qlora_rs
 import reference
 import strategies
 import torch
 from hypothesis import given
-from qlora_rs import _rust
 from torch import Tensor
+
+import qlora_rs
+from qlora_rs import _rust
 
 
 def both(weight: Tensor, block_size: int) -> tuple[np.ndarray, qlora_rs.PackedWeight]:

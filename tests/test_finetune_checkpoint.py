@@ -10,8 +10,9 @@ from pathlib import Path
 
 import numpy
 import pytest
-import qlora_rs
 import torch
+
+import qlora_rs
 from qlora_rs import QloraError
 from qlora_rs.recipes import checkpoint
 

@@ -10,18 +10,19 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from qlora_rs import QloraError
-from qlora_rs.recipes import calendar_dates, scores
-from qlora_rs.recipes.demo import DemoSettings, demo_text, run_demo
-from qlora_rs.recipes.generate import generate_answers
-from qlora_rs.recipes.memory_peer import compare_memory
-from qlora_rs.recipes.progress import Progress
 from tiny_models import (
     one_thread,  # noqa: F401
     save_tiny_model,
     tiny_model,
     tiny_tokenizer,
 )
+
+from qlora_rs import QloraError
+from qlora_rs.recipes import calendar_dates, scores
+from qlora_rs.recipes.demo import DemoSettings, demo_text, run_demo
+from qlora_rs.recipes.generate import generate_answers
+from qlora_rs.recipes.memory_peer import compare_memory
+from qlora_rs.recipes.progress import Progress
 
 QUIET = Progress(quiet=True)
 

@@ -9,6 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tiny_models import (
+    one_thread,  # noqa: F401
+    save_tiny_model,
+    tiny_model,
+    tiny_tokenizer,
+    write_sums,
+)
+
 import qlora_rs
 from qlora_rs import QloraError
 from qlora_rs.recipes import output_folder as folder
@@ -22,13 +30,6 @@ from qlora_rs.recipes.finetune import finetune
 from qlora_rs.recipes.generate import generate_answers
 from qlora_rs.recipes.progress import Progress, duration, size
 from qlora_rs.recipes.settings import FinetuneSettings
-from tiny_models import (
-    one_thread,  # noqa: F401
-    save_tiny_model,
-    tiny_model,
-    tiny_tokenizer,
-    write_sums,
-)
 
 QUIET = Progress(quiet=True)
 

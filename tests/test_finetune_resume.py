@@ -15,18 +15,19 @@ from typing import Any
 
 import pytest
 import torch
-from qlora_rs import QloraError
-from qlora_rs.recipes.finetune import finetune
-from qlora_rs.recipes.progress import Progress
-from qlora_rs.recipes.run_callback import read_log
-from qlora_rs.recipes.run_identity import settings_of_run
-from qlora_rs.recipes.settings import FinetuneSettings
 from safetensors.torch import load_file
 from tiny_models import (
     one_thread,  # noqa: F401
     save_tiny_model,
     write_sums,
 )
+
+from qlora_rs import QloraError
+from qlora_rs.recipes.finetune import finetune
+from qlora_rs.recipes.progress import Progress
+from qlora_rs.recipes.run_callback import read_log
+from qlora_rs.recipes.run_identity import settings_of_run
+from qlora_rs.recipes.settings import FinetuneSettings
 
 STEPS = 10
 

@@ -7,9 +7,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import qlora_rs
 import torch
 from datasets import Dataset
+from tiny_models import (
+    one_thread,  # noqa: F401
+    save_tiny_model,
+    tiny_model,
+    tiny_tokenizer,
+    write_sums,
+)
+from trl import SFTTrainer
+
+import qlora_rs
 from qlora_rs import QloraError
 from qlora_rs.recipes import trainer as trainer_module
 from qlora_rs.recipes.encode import IGNORED
@@ -20,14 +29,6 @@ from qlora_rs.recipes.report import draw_loss_curve
 from qlora_rs.recipes.run_callback import read_log
 from qlora_rs.recipes.settings import FinetuneSettings
 from qlora_rs.recipes.trainer import AnswerTrainer, training_arguments
-from tiny_models import (
-    one_thread,  # noqa: F401
-    save_tiny_model,
-    tiny_model,
-    tiny_tokenizer,
-    write_sums,
-)
-from trl import SFTTrainer
 
 QUIET = Progress(quiet=True)
 

@@ -6,16 +6,17 @@ import weakref
 from collections.abc import Callable
 
 import pytest
-import qlora_rs
 import strategies
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from qlora_rs import PackedWeight
 from strategies import FLOATS, Product
 from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
 from torch.utils.checkpoint import checkpoint
+
+import qlora_rs
+from qlora_rs import PackedWeight
 
 # y is linear in each argument alone, so finite differences are exact but for rounding.
 EXACT = {"eps": 1e-6, "atol": 1e-8, "nondet_tol": 0.0}

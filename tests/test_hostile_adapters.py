@@ -11,14 +11,15 @@ from pathlib import Path
 
 import peft
 import pytest
-import qlora_rs
 import tiny_llama
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from qlora_rs import QloraError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+
+import qlora_rs
+from qlora_rs import QloraError
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 

@@ -9,11 +9,12 @@ import math
 import bitsandbytes
 import peft
 import pytest
-import qlora_rs
 import torch
-from qlora_rs import NF4Linear, QloraError, QLoRALinear
 from torch import Tensor, nn
 from torch.nn.utils import parameters_to_vector
+
+import qlora_rs
+from qlora_rs import NF4Linear, QloraError, QLoRALinear
 
 STATISTICS = ("absmax", "nested_absmax", "nested_offset", "nested_map")
 

@@ -8,15 +8,16 @@ happen to be zero.
 from __future__ import annotations
 
 import pytest
-import qlora_rs
 import reference
 import strategies
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from qlora_rs import cpu
 from strategies import FLOATS, Product
 from torch import Tensor
+
+import qlora_rs
+from qlora_rs import cpu
 
 
 def assert_as_accurate_as_torch(

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import pytest
-import qlora_rs
 import strategies
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from qlora_rs import QloraError
 from strategies import FLOATS
+
+import qlora_rs
+from qlora_rs import QloraError
 
 PACKED = qlora_rs.quantize(torch.randn(5, 64, generator=torch.Generator().manual_seed(1)))
 BAD = (float("nan"), float("inf"), -float("inf"))

@@ -9,9 +9,10 @@ import json
 from collections.abc import Callable
 
 import pytest
-import qlora_rs
 import torch
 from torch.profiler import ProfilerActivity, profile
+
+import qlora_rs
 
 MIB = 1 << 20
 

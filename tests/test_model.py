@@ -5,10 +5,11 @@ from __future__ import annotations
 import copy
 
 import pytest
-import qlora_rs
 import torch
-from qlora_rs import NF4Linear, QloraError, QLoRALinear
 from torch import Tensor, nn
+
+import qlora_rs
+from qlora_rs import NF4Linear, QloraError, QLoRALinear
 
 
 class Attention(nn.Module):

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import pytest
-import qlora_rs
 import torch
 from strategies import FLOATS
 from torch import Tensor, nn
+
+import qlora_rs
 
 OPS = torch.ops.qlora_rs
 ALL_OPERATORS = (

@@ -10,10 +10,11 @@ import re
 from pathlib import Path
 
 import pytest
-import qlora_rs
 import reference
 import torch
 from torch import nn
+
+import qlora_rs
 
 ROOT = Path(__file__).parent.parent
 PYTHON = sorted((ROOT / "python/qlora_rs").rglob("*.py"))

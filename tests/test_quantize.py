@@ -5,15 +5,16 @@ from __future__ import annotations
 import bitsandbytes.functional as bitsandbytes
 import numpy as np
 import pytest
-import qlora_rs
 import reference
 import strategies
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from qlora_rs import _rust
 from strategies import BLOCK_SIZES, FLOATS, VIEWS
 from torch import Tensor
+
+import qlora_rs
+from qlora_rs import _rust
 
 
 def packed_bytes(packed: qlora_rs.PackedWeight) -> tuple[bytes, bytes]:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-import qlora_rs
 import torch
-from qlora_rs import QloraError
 from strategies import FLOATS
+
+import qlora_rs
+from qlora_rs import QloraError
 
 BAD_VALUES = [float("nan"), float("inf"), -float("inf")]
 

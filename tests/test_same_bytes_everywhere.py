@@ -6,8 +6,9 @@ import json
 from collections.abc import Callable
 
 import pytest
-import qlora_rs
 import torch
+
+import qlora_rs
 from qlora_rs import _rust
 
 PATHS = _rust.cpu_paths()

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import copy
 
-import qlora_rs
 import torch
-from qlora_rs import NF4Linear
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
+
+import qlora_rs
+from qlora_rs import NF4Linear
 
 IDS = torch.arange(24).reshape(2, 12)
 
