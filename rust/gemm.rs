@@ -22,7 +22,7 @@ use crate::parallel::{self, Columns};
 use crate::quantize::check_length;
 use crate::simd::Kernels;
 use std::ops::Range;
-use tile::{Block, PANEL, Packable, SIDE, Tile};
+use tile::{Block, PANEL, Packable, Tile};
 
 /// Outputs of a block of decoded weights.
 const BLOCK_OUTPUTS: usize = 256;
@@ -215,7 +215,7 @@ impl<T: Packable> Product<'_, T> {
             let (activations, after) = rest.split_at(panels * steps * 2);
             // After the last span, this thread's next block of outputs starts over with the first.
             rest = after;
-            let next = if rest.is_empty() { &all[..] } else { rest };
+            let next = if rest.is_empty() { all } else { rest };
             let direction = self.direction;
             let block = Block { weights, activations, next, steps, width, tokens, start: i == 0, direction };
             T::multiply(kernels)(&block, sums);

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import multiprocessing
 from dataclasses import replace
@@ -29,6 +30,7 @@ from qlora_rs.recipes.base_model import (
 from qlora_rs.recipes.finetune import finetune
 from qlora_rs.recipes.generate import generate_answers
 from qlora_rs.recipes.progress import Progress, duration, size
+from qlora_rs.recipes.run_callback import read_log
 from qlora_rs.recipes.settings import FinetuneSettings
 
 QUIET = Progress(quiet=True)
@@ -249,3 +251,27 @@ def test_sizes_and_durations_at_their_borders() -> None:
     assert [duration(s) for s in (-1, 59.4, 59.6, 3599.4, 3600)] == [
         "0s", "59s", "1m00s", "59m59s", "1h00m",
     ]  # fmt: skip
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_a_terminal_gets_one_live_line_and_a_file_gets_plain_ones() -> None:
+    terminal, file = Terminal(), io.StringIO()
+    for stream in (terminal, file):
+        progress = Progress(stream)
+        progress.line("step 1")
+        progress.line("step 2")  # too soon after the first
+        progress.line("step 3", last=True)
+        progress.stage("Done")
+    assert terminal.getvalue() == "\rstep 1\x1b[K\rstep 3\x1b[K\nDone\n"
+    assert file.getvalue() == "step 1\nstep 3\nDone\n"
+
+
+def test_a_log_is_read_up_to_the_line_a_killed_process_tore(tmp_path: Path) -> None:
+    log = tmp_path / "log.jsonl"
+    assert read_log(log) == []
+    log.write_text('{"step": 1, "loss": 2.0}\n{"step": 2, "loss": 1.5}\n{"step": 3, "lo')
+    assert [entry["step"] for entry in read_log(log)] == [1, 2]

@@ -161,6 +161,20 @@ def test_a_run_killed_after_its_last_step_only_writes_its_result(
     assert all(torch.equal(weights[name], tensor) for name, tensor in unbroken[0].items())
 
 
+def test_a_run_stopped_while_its_caller_measures_the_base_has_done_no_step(
+    place: Path, unbroken: Any
+) -> None:
+    run = settings(place, "measuring")
+    stopped = finetune(
+        run,
+        progress=Progress(io.StringIO()),
+        on_ready=lambda model, tokenizer: os.kill(os.getpid(), signal.SIGINT),
+    )
+    assert (stopped.finished, stopped.step) == (False, 0)
+    assert finetune(run, resume=True, progress=Progress(quiet=True)).finished
+    assert_same_outcome(Path(run.output), unbroken)
+
+
 KILLED = """
 import os, signal, sys
 sys.path.insert(0, {tests!r})

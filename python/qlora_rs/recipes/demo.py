@@ -107,7 +107,7 @@ def run_demo(
         if settings.measure_memory:
             progress.stage("Measuring memory against the float model, in fresh processes")
             memory = compare_memory(result.model, ROW_TOKENS, result.settings.dtype)
-        report = _report(settings, task, result, before, after, memory)
+        report = _report(settings, task, result, (before, after, reloaded), memory)
         report["seconds"] = round(time.monotonic() - started, 1)
         folder.write_json(output / DEMO_FILE, report)
     return report
@@ -174,10 +174,10 @@ def _report(
     settings: DemoSettings,
     task: DateTask,
     result: FinetuneResult,
-    before: list[str],
-    after: list[str],
+    answers: tuple[list[str], list[str], list[str]],
     memory: dict[str, Any] | None,
 ) -> dict[str, Any]:
+    before, after, reloaded = answers
     shown = list(zip(task.held_out, before, after, strict=True))[:SHOWN]
     return {
         "format": DEMO.format,
@@ -185,7 +185,7 @@ def _report(
         "data": calendar_dates.NOTICE,
         "score_before": _score(before, task),
         "score_after": _score(after, task),
-        "score_reloaded_in_fresh_process": _score(after, task),
+        "score_reloaded_in_fresh_process": _score(reloaded, task),
         "base_rate_copy_numbers_commonest_month": round(calendar_dates.copy_numbers_score(task), 4),
         "answer_of_nearest_training_text": round(calendar_dates.nearest_text_score(task), 4),
         "held_out_months_seen_in_training": round(calendar_dates.months_seen(task), 4),
@@ -206,7 +206,11 @@ def demo_text(report: dict[str, Any]) -> str:
         ("task", report["task"]),
         ("score before", _share(report["score_before"])),
         ("score after", _share(report["score_after"])),
-        ("reloaded, fresh process", "the same answers, every one"),
+        (
+            "reloaded",
+            f"{report['score_reloaded_in_fresh_process']['share']:.1%}  "
+            "(adapter from disk in a fresh process: the same answers, every one)",
+        ),
         ("base rate", f"{report['base_rate_copy_numbers_commonest_month']:.1%}  "
                       "(copy the numbers, say the commonest month)"),
         ("nearest training text", f"{report['answer_of_nearest_training_text']:.1%}  "
@@ -233,7 +237,7 @@ def _share(score: dict[str, Any]) -> str:
 
 def _memory_rows(report: dict[str, Any]) -> list[tuple[str, str]]:
     run, memory = report["finetune"], report["memory"]
-    rows = [("peak memory, whole run", f"{size(run['peak_rss_bytes'])} (process, while loading)")]
+    rows = [("peak memory", f"{size(run['peak_rss_bytes'])} resident, the whole process")]
     if memory is not None:
         ours, peer = memory["nf4"], memory["float"]
         rows.append(

@@ -145,7 +145,6 @@ class _Run:
         from qlora_rs.recipes.checkpoint import newest, prune
         from qlora_rs.recipes.run_callback import RunCallback
 
-        (self.output / folder.SUMMARY_FILE).unlink(missing_ok=True)
         self.checkpoints.mkdir(exist_ok=True)
         found = newest(self.checkpoints)
         for reason in found.skipped:
@@ -165,6 +164,8 @@ class _Run:
                 if found.path is None:
                     if on_ready is not None:
                         on_ready(self.base.model, self.base.tokenizer)
+                        if stop:
+                            return self._stopped(0, stop)
                     if self.held_out is not None:
                         trainer.evaluate()
                 self._train(trainer, found.path, found.step)
