@@ -1,7 +1,7 @@
 """CPU compute of the operators: Rust on the tensors' own memory.
 
 The extension chooses between a kernel that decodes weights in registers (few rows of activations)
-and one that decodes blocks of at most 256 KiB into the cache (many rows). Neither ever holds a
+and one that decodes blocks of at most 128 KiB into the cache (many rows). Neither ever holds a
 dequantized matrix (README, "Laws"). float64 exists for gradient checks and goes through torch,
 one tile of weights at a time.
 
