@@ -26,7 +26,7 @@ $(VENV)/.extension: $(VENV)/.dependencies $(RUST) pyproject.toml
 	@touch $@
 
 demo: setup  ## fine-tune SmolLM2-135M on a CPU and show what it learned (about 10 minutes)
-	$(BIN)/qlora-rs demo --output demo-output
+	$(BIN)/qlora-rs demo --output demo-output --overwrite
 
 test: setup test-rust test-python  ## run all tests
 

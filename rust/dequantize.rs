@@ -1,7 +1,7 @@
 //! 4-bit codes → floats: `LEVELS[code] * absmax[block]` in f32, rounded once to the output type.
 //!
 //! The unit is a tile: a range of rows and a range of columns, so that a caller never needs the
-//! whole matrix. Read next: `matmul.rs`, which multiplies without storing even a tile.
+//! whole matrix. Read next: `matmul.rs`, the products.
 
 use crate::codebook::LEVELS;
 use crate::element::Element;

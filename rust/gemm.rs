@@ -7,7 +7,7 @@
 //!
 //! The shape is that of Goto & van de Geijn (2008, "Anatomy of high-performance matrix
 //! multiplication"): activations are packed once into panels of 32 tokens; a block of weights, 256
-//! outputs by half a thousand of the summed dimension, is decoded into panels that stay in the
+//! outputs by 128 (f32) or 256 (bf16) of the summed dimension, is decoded into panels that stay in the
 //! second-level cache; a microkernel multiplies panel by panel. The low-rank operand is more of the
 //! summed dimension, so LoRA needs no second pass over y. Panels are made of tiles, see `tile.rs`.
 
@@ -54,7 +54,7 @@ pub struct LowRank<'a, T> {
     pub rank: usize,
 }
 
-/// Operands of one product; `T` is f32 or bf16.
+/// Operands of one product.
 #[derive(Clone, Copy, Debug)]
 pub struct Product<'a, T> {
     /// Forward or backward.
@@ -125,7 +125,8 @@ impl<T: Element> Product<'_, T> {
 impl<T: Packable> Product<'_, T> {
     /// Write the product to `out` [tokens, outputs].
     ///
-    /// Allocates at most 8 MiB per thread, whatever the sizes.
+    /// Uses about 8 MiB of scratch per thread; more only where one panel of 32 tokens is larger
+    /// than that, beyond 32,768 summed values per thread.
     ///
     /// # Errors
     /// [`Error::Operand`] when an operand has another length than the shapes ask for.

@@ -9,8 +9,8 @@
 //! fresh pool of its own (it leaks its parent's, since dropping that would join threads that do
 //! not exist).
 //!
-//! Work is cut into chunks whose boundaries depend on the data alone, so results do not depend on
-//! the number of threads. Nothing starts before the first parallel call.
+//! Which sums are formed in which order depends on the data alone, so results do not depend on the
+//! number of threads. Nothing starts before the first parallel call.
 
 use rayon::{ThreadPool, ThreadPoolBuilder};
 use std::any::Any;
@@ -67,10 +67,15 @@ type GompParallel = unsafe extern "C" fn(
     flags: c_uint,
 );
 
+/// The process that first used this code, to be called when it is loaded: a forked child has another id.
+pub fn remember_process() -> u32 {
+    static LOADED_BY: OnceLock<u32> = OnceLock::new();
+    *LOADED_BY.get_or_init(std::process::id)
+}
+
 /// The process's OpenMP runtime.
 #[derive(Clone, Copy)]
 struct OpenMp {
-    process: u32,
     parallel: GompParallel,
 }
 
@@ -83,11 +88,13 @@ struct Job<'a> {
 impl OpenMp {
     /// The runtime that some library of this process loaded, unless the process is a forked child.
     fn of_this_process() -> Option<Self> {
-        static FOUND: OnceLock<Option<OpenMp>> = OnceLock::new();
-        let found = FOUND.get_or_init(|| {
-            find_gomp_parallel().map(|parallel| Self { process: std::process::id(), parallel })
-        });
-        found.filter(|team| team.process == std::process::id())
+        static FOUND: OnceLock<Option<GompParallel>> = OnceLock::new();
+        // A child whose parent's team is gone must not enter it, even if this is its first call.
+        if std::process::id() != remember_process() {
+            return None;
+        }
+        let parallel = (*FOUND.get_or_init(find_gomp_parallel))?;
+        Some(Self { parallel })
     }
 
     fn run(self, threads: usize, work: &(dyn Fn() + Sync)) {

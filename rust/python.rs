@@ -18,6 +18,7 @@ mod extension {
 
     #[pymodule_init]
     fn init(module: &Bound<'_, PyModule>) -> PyResult<()> {
+        crate::parallel::remember_process();
         exceptions::register(module)?;
         pyo3::prelude::PyModuleMethods::add(module, "__version__", env!("CARGO_PKG_VERSION"))
     }

@@ -6,6 +6,8 @@ pytest's own timeout.
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Callable
 
 import pytest
@@ -197,3 +199,21 @@ def test_importing_starts_no_thread_and_loads_nothing_of_the_ecosystem(
     """
     done = run_python(code)
     assert done.stdout.strip() == "ok", done.stderr
+
+
+ONLY_TORCH_BEFORE_FORK = """
+import os, torch, qlora_rs
+torch.set_num_threads(2)
+weight = torch.ones(2048, 2048)
+(weight @ weight).exp()
+if os.fork() == 0:
+    packed = torch.ops.qlora_rs.quantize(weight, 64, False)
+    os._exit(0 if int(packed[0][0, 0]) == 255 else 1)
+_, status = os.wait()
+raise SystemExit(os.waitstatus_to_exitcode(status))
+"""
+
+
+def test_a_child_may_make_the_first_call_after_its_parent_used_torch_alone() -> None:
+    done = subprocess.run([sys.executable, "-c", ONLY_TORCH_BEFORE_FORK], timeout=120, check=False)
+    assert done.returncode == 0

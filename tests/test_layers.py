@@ -285,3 +285,25 @@ def test_adapter_options_without_meaning_are_refused(options: dict, message: str
 def test_a_layer_takes_xs_of_any_leading_shape_and_no_rows(layer: NF4Linear) -> None:
     for shape in ((96,), (0, 96), (2, 3, 96), (1, 1, 1, 96)):
         assert layer(torch.randn(shape)).shape == (*shape[:-1], 40)
+
+
+def test_a_loaded_layer_shares_no_memory_with_the_state_dict() -> None:
+    layer, other = base(), base()
+    other.load_state_dict(layer.state_dict(), strict=True)
+    assert other.weight.data_ptr() != layer.weight.data_ptr()
+    assert other.absmax.data_ptr() != layer.absmax.data_ptr()
+
+
+def test_assigning_a_state_dict_makes_a_meta_layer_real() -> None:
+    layer = base()
+    meta = copy.deepcopy(layer).to("meta")
+    meta.load_state_dict(layer.state_dict(), strict=True, assign=True)
+    x = torch.randn(2, 96)
+    assert torch.equal(meta(x), layer(x))
+
+
+def test_an_entry_that_no_weight_has_is_unexpected() -> None:
+    layer = base()
+    state = layer.state_dict() | {"weight.junk": torch.zeros(1)}
+    with pytest.raises(RuntimeError, match=r"Unexpected key.*weight\.junk"):
+        layer.load_state_dict(state, strict=True)

@@ -96,12 +96,40 @@ def test_a_quantized_model_computes_what_its_dequantized_copy_does() -> None:
         ((), []),
         (("lm_head", "q_proj"), ["layers.0.attention.q_proj", "layers.1.attention.q_proj"]),
         (("lm_head", "layers.1.mlp.0"), ["layers.1.mlp.0"]),
-        (["proj"], []),
+        ("q_proj", ["layers.0.attention.q_proj", "layers.1.attention.q_proj"]),
     ],
 )
 def test_layers_are_skipped_by_full_name_or_last_part_only(skip: tuple, left: list) -> None:
     expected = left + (["lm_head"] if "lm_head" in skip else [])
     assert names(quantized(skip=skip), nn.Linear) == expected
+
+
+def test_a_skip_that_names_no_layer_is_refused() -> None:
+    model = Model()
+    before = snapshot(model)
+    with pytest.raises(QloraError, match=r"skip names \['proj'\]"):
+        qlora_rs.quantize_model(model, skip=["lm_head", "proj"])
+    assert snapshot(model) == before
+
+
+def test_a_model_that_is_itself_a_linear_layer_is_refused() -> None:
+    with pytest.raises(QloraError, match=r"NF4Linear\.from_linear"):
+        qlora_rs.quantize_model(nn.Linear(64, 64))
+
+
+def test_adapters_of_a_layer_in_two_places_stay_one_layer() -> None:
+    shared = nn.Linear(64, 64)
+    model = qlora_rs.add_lora(qlora_rs.quantize_model(nn.Sequential(shared, shared)))
+    assert isinstance(model[0], QLoRALinear)
+    assert model[0] is model[1]
+
+
+def test_disabling_acts_at_once_without_a_with_block() -> None:
+    model = qlora_rs.add_lora(qlora_rs.quantize_model(nn.Sequential(nn.Linear(64, 64))))
+    qlora_rs.disable_adapter(model)
+    assert not model[0].adapter_enabled
+    qlora_rs.enable_adapter(model)
+    assert model[0].adapter_enabled
 
 
 def test_a_tied_weight_is_left_alone() -> None:

@@ -17,6 +17,14 @@ from qlora_rs import autograd  # noqa: F401  (attaches the gradients)
 from qlora_rs.errors import QloraError
 from qlora_rs.quantize import PackedWeight, quantize
 
+# What a state dict holds below the key of a weight.
+_ENTRIES = (
+    "absmax",
+    "quant_map",
+    "nested_absmax",
+    "nested_quant_map",
+    "quant_state.bitsandbytes__nf4",
+)
 _STATISTICS = ("absmax", "nested_absmax", "nested_offset", "nested_map")
 
 
@@ -148,11 +156,17 @@ class NF4Linear(nn.Linear):
         entries = {key: state_dict.pop(key) for key in keys}
         if entries:
             try:
-                self._load_packed(PackedWeight.from_bitsandbytes(entries, name))
+                packed_weight = PackedWeight.from_bitsandbytes(entries, name)
+                self._load_packed(
+                    packed_weight, local_metadata.get("assign_to_params_buffers", False)
+                )
             except QloraError as error:
                 error_msgs.append(str(error))
         elif strict:
             missing_keys.append(name)
+        if strict:
+            known = {name} | {f"{name}.{suffix}" for suffix in _ENTRIES}
+            unexpected_keys.extend(key for key in entries if key not in known)
         ours: list[str] = []
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, ours, unexpected_keys, error_msgs
@@ -161,13 +175,26 @@ class NF4Linear(nn.Linear):
         missing_keys.extend(key for key in ours if key not in packed)
         state_dict.update(entries)
 
-    def _load_packed(self, packed: PackedWeight) -> None:
+    def _load_packed(self, packed: PackedWeight, assign: bool) -> None:
         if packed.shape != (self.out_features, self.in_features):
             raise QloraError(
                 f"the saved weight is {list(packed.shape)}, this layer is "
                 f"[{self.out_features}, {self.in_features}]"
             )
-        self._set_packed(packed.to(self.weight.device))
+        if assign:
+            self._set_packed(packed)
+            return
+        new = packed.to(self.weight.device)
+        for name in ("weight", *_STATISTICS):
+            value = new.codes if name == "weight" else getattr(new, name)
+            held = getattr(self, name)
+            kind = None if value is None else (value.shape, value.dtype)
+            if held is not None and value is not None and (held.shape, held.dtype) == kind:
+                with torch.no_grad():
+                    held.copy_(value)
+            else:  # another block size, or single instead of double quantization
+                setattr(self, name, _frozen(None if value is None else value.clone()))
+        self.weight_dtype, self.block_size = packed.dtype, packed.block_size
 
     def reset_parameters(self) -> None:
         """Nothing: a packed weight comes from a trained one."""
@@ -196,8 +223,10 @@ class QLoRALinear(NF4Linear):
         use_rslora: bool = False,
         dtype: torch.dtype = torch.float32,
     ) -> None:
-        if r < 1:
-            raise QloraError(f"r must be at least 1, got {r}")
+        if type(r) is not int or r < 1:
+            raise QloraError(f"r must be at least 1, got {r!r}; take a whole number such as 16")
+        if type(alpha) not in (int, float) or not math.isfinite(alpha):
+            raise QloraError(f"alpha must be a finite number, got {alpha!r} (twice r is usual)")
         if not 0.0 <= dropout < 1.0:
             raise QloraError(f"dropout must be in [0, 1), got {dropout}")
         super().__init__(base.packed, base.bias, base.compute_dtype)

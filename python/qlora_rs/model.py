@@ -7,8 +7,8 @@ packed copy of more than one layer exist beside each other.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
 
 import torch
 from torch import nn
@@ -44,7 +44,17 @@ def quantize_model(
     >>> type(model[0]).__name__
     'NF4Linear'
     """
-    skip = frozenset(skip)
+    skip = frozenset([skip] if isinstance(skip, str) else skip)
+    names = {name for name, _ in model.named_modules()}
+    ends = {name.rpartition(".")[2] for name in names}
+    unknown = skip - names - ends - {"lm_head"}
+    if unknown:
+        raise QloraError(f"skip names {sorted(unknown)}, but the model has no such layer")
+    if type(model) is nn.Linear:
+        raise QloraError(
+            "the model itself is an nn.Linear, which cannot be replaced in place; use "
+            "NF4Linear.from_linear(model)"
+        )
     owners: dict[int, int] = {}
     for module in model.modules():
         for parameter in module.parameters(recurse=False):
@@ -67,6 +77,11 @@ def quantize_model(
             check_weight(module.weight, block_size)
         except QloraError as error:
             raise QloraError(f"{name}: {error}; nothing was quantized") from error
+        if module.weight.device.type not in ("cpu", "meta"):
+            raise QloraError(
+                f"{name}.weight is on {module.weight.device}; nothing was quantized, so move the "
+                'model to the CPU first with .to("cpu")'
+            )
         # Before the first replacement, so that a refusal leaves the model whole.
         if module.weight.device.type == "cpu" and not torch.isfinite(module.weight).all():
             count = int((~torch.isfinite(module.weight)).sum())
@@ -75,24 +90,22 @@ def quantize_model(
                 f"{name}.weight holds {count} NaN or infinite value(s), the first at flat index "
                 f"{first}; nothing was quantized, so clean or skip this layer"
             )
-    # A layer that stands in two places stays one layer.
-    places: dict[int, list[str]] = {}
-    for name, module in model.named_modules(remove_duplicate=False):
-        places.setdefault(id(module), []).append(name)
     model.requires_grad_(False)
     for done, (name, module) in enumerate(chosen, start=1):
         layer = NF4Linear.from_linear(module, block_size, double_quant, compute_dtype)
-        for place in places[id(module)]:
-            replace_module(model, place, layer.train(module.training))
+        replace_module(model, name, layer.train(module.training))
         if progress is not None:
             progress(done, len(chosen), name)
     return model
 
 
 def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:
-    """Put `module` where `name` is."""
-    parent, _, attribute = name.rpartition(".")
-    setattr(model.get_submodule(parent), attribute, module)
+    """Put `module` where `name` is, and wherever else the module there stands."""
+    old = model.get_submodule(name)
+    places = [n for n, m in model.named_modules(remove_duplicate=False) if m is old]
+    for place in places:
+        parent, _, attribute = place.rpartition(".")
+        setattr(model.get_submodule(parent), attribute, module)
 
 
 def select_targets(model: nn.Module, target_modules: str | Iterable[str]) -> list[str]:
@@ -187,22 +200,35 @@ def enable_adapter(model: nn.Module, enabled: bool = True) -> None:
         layer.adapter_enabled = enabled
 
 
-@contextmanager
-def disable_adapter(model: nn.Module) -> Iterator[nn.Module]:
-    """Within the block the model is its base; afterwards each adapter is as it was.
+class _Disabled(AbstractContextManager[nn.Module]):
+    """All adapters of a model off, until the end of a `with` block if it is used as one."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.before = {layer: layer.adapter_enabled for layer in lora_layers(model).values()}
+        enable_adapter(model, enabled=False)
+
+    def __enter__(self) -> nn.Module:
+        return self.model
+
+    def __exit__(self, *error: object) -> None:
+        for layer, enabled in self.before.items():
+            layer.adapter_enabled = enabled
+
+
+def disable_adapter(model: nn.Module) -> AbstractContextManager[nn.Module]:
+    """Switch all adapters off: at once, and as `with`, until the block ends.
+
+    After the block each adapter is as it was, also when the block raised.
 
     >>> model = add_lora(quantize_model(nn.Sequential(nn.Linear(64, 64))))
     >>> with disable_adapter(model) as base:
     ...     base[0].adapter_enabled
     False
+    >>> model[0].adapter_enabled
+    True
     """
-    before = {layer: layer.adapter_enabled for layer in lora_layers(model).values()}
-    enable_adapter(model, enabled=False)
-    try:
-        yield model
-    finally:
-        for layer, enabled in before.items():
-            layer.adapter_enabled = enabled
+    return _Disabled(model)
 
 
 def trainable_parameters(model: nn.Module) -> tuple[int, int]:

@@ -222,3 +222,13 @@ def _lora_linear_backward_shape(
     packed, (lora_a, lora_b, _) = Packed(*arguments[:8]), arguments[8:]
     check_activations("grad", grad, packed.out_features, packed.codes)
     return x.new_empty(x.shape), lora_a.new_empty(lora_a.shape), lora_b.new_empty(lora_b.shape)
+
+
+def _refuse_device(*arguments: Any) -> None:
+    raise QloraError(
+        'there are no GPU kernels yet; move the model and its inputs to the CPU with .to("cpu")'
+    )
+
+
+for _name in _SCHEMAS:
+    torch.library.register_kernel(f"qlora_rs::{_name}", "cuda", _refuse_device)

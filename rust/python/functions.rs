@@ -25,7 +25,7 @@ macro_rules! for_element {
     };
 }
 
-/// The parts of a packed weight as capsules, in the order of `PackedWeight.tensors()`.
+/// The parts of a packed weight as capsules, in the order of `Packed.capsules()`.
 #[derive(FromPyObject)]
 pub struct Packed<'py>(
     Capsule<'py>,
@@ -69,7 +69,7 @@ impl<'py> PackedArguments<'py> {
     }
 }
 
-/// The CPU path of this process: `portable`, `avx2` or `avx512`.
+/// The CPU path of this process: `portable`, `avx2`, `avx512` or `amx`.
 #[pyfunction]
 pub fn cpu_path() -> PyResult<&'static str> {
     Ok(simd::kernels()?.name)

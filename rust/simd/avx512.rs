@@ -171,6 +171,7 @@ impl Search {
 
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq")]
 fn decode_absmax(codes: &[u8], absmax: f32, offset: f32, map: &[f32; 256], out: &mut [f32]) {
+    assert_eq!(codes.len(), out.len(), "one absmax per code");
     let (codes, codes_tail) = codes.as_chunks::<16>();
     let (out, out_tail) = out.as_chunks_mut::<16>();
     for (codes, out) in codes.iter().zip(out) {

@@ -96,6 +96,7 @@ macro_rules! tile_rows_and_tokens {
         assert!(strip.codes.len() == rows * strip.columns / 2);
         assert!(strip.absmax_stride >= strip.columns / strip.block_size + ABSMAX_PADDING);
         assert!(strip.absmax.len() == rows * strip.absmax_stride);
+        assert!(strip.block_size.is_power_of_two() && strip.block_size >= 32);
         let mut row = 0;
         while row < rows {
             let tall = rows - row >= 4;
