@@ -1,6 +1,8 @@
 //! The three float types that weights and activations come in.
 
+use crate::gemm::tile::{PANEL, Tile};
 use crate::simd::Kernels;
+use half::slice::HalfFloatSliceExt;
 use half::{bf16, f16};
 
 /// A float that the format reads and writes: f32, f16 or bf16.
@@ -14,6 +16,11 @@ pub trait Element: Copy + Default + Send + Sync + 'static {
     fn as_bf16(_: &[Self]) -> Option<&[bf16]> {
         None
     }
+    /// The same values if this type is f32.
+    #[must_use]
+    fn as_f32(_: &[Self]) -> Option<&[f32]> {
+        None
+    }
     /// Convert a run of values to f32.
     fn widen(kernels: &Kernels, values: &[Self], out: &mut [f32]);
     /// Decode whole blocks: see [`Kernels::dequantize_f32`].
@@ -24,6 +31,69 @@ pub trait Element: Copy + Default + Send + Sync + 'static {
         block_size: usize,
         out: &mut [Self],
     );
+    /// Sums → results: see [`crate::simd::Finish`].
+    fn finish(
+        kernels: &Kernels,
+        sums: &mut [Tile; 4],
+        transpose: bool,
+        bias: &[f32; PANEL],
+        out: &mut [[Self; PANEL]; PANEL],
+    );
+}
+
+/// Floats of one of the three types.
+#[derive(Clone, Copy, Debug)]
+pub enum Floats<'a> {
+    /// float32
+    F32(&'a [f32]),
+    /// float16
+    F16(&'a [f16]),
+    /// bfloat16
+    Bf16(&'a [bf16]),
+}
+
+impl Floats<'_> {
+    /// Number of values.
+    #[must_use]
+    pub fn len(&self) -> usize {
+        match self {
+            Floats::F32(values) => values.len(),
+            Floats::F16(values) => values.len(),
+            Floats::Bf16(values) => values.len(),
+        }
+    }
+
+    /// Whether there are no values.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// Write the values from `first` on as f32.
+    pub fn widen(&self, kernels: &Kernels, first: usize, out: &mut [f32]) {
+        let range = first..first + out.len();
+        match self {
+            Floats::F32(values) => out.copy_from_slice(&values[range]),
+            Floats::F16(values) => f16::widen(kernels, &values[range], out),
+            Floats::Bf16(values) => bf16::widen(kernels, &values[range], out),
+        }
+    }
+
+    /// Write the values from `first` on as bf16, rounded to nearest, ties to even.
+    pub fn narrow(&self, first: usize, out: &mut [bf16]) {
+        let range = first..first + out.len();
+        match self {
+            Floats::F32(values) => round(&values[range], out),
+            Floats::F16(values) => round(&values[range], out),
+            Floats::Bf16(values) => out.copy_from_slice(&values[range]),
+        }
+    }
+}
+
+fn round<T: Element>(values: &[T], out: &mut [bf16]) {
+    for (value, out) in values.iter().zip(out) {
+        *out = bf16::from_f32(value.to_f32());
+    }
 }
 
 impl Element for f32 {
@@ -33,11 +103,23 @@ impl Element for f32 {
     fn from_f32(value: f32) -> Self {
         value
     }
+    fn as_f32(values: &[Self]) -> Option<&[f32]> {
+        Some(values)
+    }
     fn widen(_: &Kernels, values: &[Self], out: &mut [f32]) {
         out.copy_from_slice(values);
     }
     fn dequantize_blocks(k: &Kernels, codes: &[u8], absmax: &[f32], block_size: usize, out: &mut [Self]) {
         (k.dequantize_f32)(codes, absmax, block_size, out);
+    }
+    fn finish(
+        k: &Kernels,
+        sums: &mut [Tile; 4],
+        transpose: bool,
+        bias: &[f32; PANEL],
+        out: &mut [[Self; PANEL]; PANEL],
+    ) {
+        (k.finish_f32)(sums, transpose, bias, out);
     }
 }
 
@@ -53,6 +135,17 @@ impl Element for f16 {
     }
     fn dequantize_blocks(k: &Kernels, codes: &[u8], absmax: &[f32], block_size: usize, out: &mut [Self]) {
         (k.dequantize_f16)(codes, absmax, block_size, out);
+    }
+    fn finish(
+        k: &Kernels,
+        sums: &mut [Tile; 4],
+        transpose: bool,
+        bias: &[f32; PANEL],
+        out: &mut [[Self; PANEL]; PANEL],
+    ) {
+        let mut wide = [[0.0; PANEL]; PANEL];
+        (k.finish_f32)(sums, transpose, bias, &mut wide);
+        out.as_flattened_mut().convert_from_f32_slice(wide.as_flattened());
     }
 }
 
@@ -71,5 +164,14 @@ impl Element for bf16 {
     }
     fn dequantize_blocks(k: &Kernels, codes: &[u8], absmax: &[f32], block_size: usize, out: &mut [Self]) {
         (k.dequantize_bf16)(codes, absmax, block_size, out);
+    }
+    fn finish(
+        k: &Kernels,
+        sums: &mut [Tile; 4],
+        transpose: bool,
+        bias: &[f32; PANEL],
+        out: &mut [[Self; PANEL]; PANEL],
+    ) {
+        (k.finish_bf16)(sums, transpose, bias, out);
     }
 }

@@ -3,27 +3,33 @@
 //! Rows of W are cut into strips, one unit of parallel work each. The bound is memory: about half a
 //! byte per weight, read once. Many rows of x: see `gemm.rs`.
 
-use crate::element::Element;
+use crate::element::{Element, Floats};
 use crate::error::Error;
-use crate::gemm::{LowRank, Product};
+use crate::gemm::Product;
 use crate::packed_matrix::PackedMatrix;
 use crate::parallel::{self, Columns};
-use crate::simd::{ABSMAX_PADDING, Bf16Kernels, Kernels, PREPARED_MULTIPLE, Strip};
+use crate::simd::{ABSMAX_PADDING, FewRowsBf16, Kernels, PREPARED_MULTIPLE, Strip};
 use half::bf16;
 
-/// Rows of W per unit of parallel work: a multiple of the kernels' four-row tiles, and small enough
-/// that two cores finish together on a layer of 576 rows.
+/// Rows of W per unit of parallel work: a multiple of the kernels' tiles of up to 16 rows, small
+/// enough that two cores finish together on a layer of 576 rows.
 const STRIP_ROWS: usize = 16;
+
+/// Strips are longer where there are many, so that a thread reads longer runs of memory.
+const LONGEST_STRIP: usize = 64;
+
+/// Fewer multiplications than this are not worth a second thread.
+const SMALL_PRODUCT: usize = 1 << 15;
 
 /// Activations in the form that the chosen kernel reads.
 enum Prepared {
     /// Widened to f32 and reordered.
     F32(Vec<f32>),
     /// Reordered bf16.
-    Bf16(Vec<bf16>, Bf16Kernels),
+    Bf16(Vec<bf16>, FewRowsBf16),
 }
 
-/// Write a forward product whose operands' lengths were checked (`Product::check`).
+/// Write a forward product to `y` [tokens, out] and x Aᵀ times scaling to `hidden` [tokens, rank].
 ///
 /// Products are summed in f32. Weights are exact, or rounded to bf16 once where the CPU multiplies
 /// bf16 and x is bf16. Allocates a reordered copy of x, at most four bytes per activation.
@@ -34,29 +40,31 @@ pub fn write<T: Element>(
     product: &Product<'_, T>,
     kernels: &Kernels,
     y: &mut [T],
+    hidden: &mut [T],
     threads: usize,
 ) -> Result<(), Error> {
-    product.check(y.len())?;
-    if y.is_empty() {
-        return Ok(());
-    }
+    product.check(y.len(), hidden.len())?;
     let Product { matrix, tokens, bias, .. } = product;
     let (rows, columns) = (matrix.rows(), matrix.columns());
+    if *tokens == 0 {
+        return Ok(());
+    }
+    write_hidden(product, kernels, hidden, threads);
     let fused = matrix.rows_are_aligned() && columns > 0;
     let prepared = prepare(kernels, product.activations, *tokens, matrix, fused);
-    let low_rank = product.low_rank.map(|low_rank| Wide::new(kernels, low_rank));
+    let outer = product.factors().map(|(_, b)| Outer::new(kernels, b.values, hidden, product.rank()));
+    let strip = (rows / (8 * threads.max(1))).next_multiple_of(STRIP_ROWS).clamp(STRIP_ROWS, LONGEST_STRIP);
     let y = Columns::new(y, rows);
-    let strips = (0..rows).step_by(STRIP_ROWS);
-    parallel::for_each(strips, threads, |first| {
-        let height = STRIP_ROWS.min(rows - first);
+    parallel::for_each((0..rows).step_by(strip), threads, |first| {
+        let height = strip.min(rows - first);
         let mut products = vec![0.0_f32; height * tokens];
         if fused {
             strip_fused(kernels, &prepared, *tokens, matrix, first, &mut products);
         } else {
             strip_decoded(kernels, &prepared, *tokens, matrix, first, &mut products);
         }
-        if let Some(low_rank) = &low_rank {
-            low_rank.add(kernels, first, *tokens, &mut products);
+        if let Some(outer) = &outer {
+            outer.add(kernels, first, *tokens, &mut products);
         }
         let mut y = y.take(first..first + height);
         for token in 0..*tokens {
@@ -69,27 +77,46 @@ pub fn write<T: Element>(
     Ok(())
 }
 
-/// The low-rank part, its activations widened.
-struct Wide<'a, T> {
+/// `hidden` [tokens, rank] = scaling x Aᵀ.
+fn write_hidden<T: Element>(product: &Product<'_, T>, kernels: &Kernels, hidden: &mut [T], threads: usize) {
+    let (Some(low_rank), Some((factor, _))) = (product.low_rank, product.factors()) else { return };
+    let (rank, columns, tokens) = (low_rank.rank, factor.columns, product.tokens);
+    let mut x = vec![0.0; product.activations.len()];
+    T::widen(kernels, product.activations, &mut x);
+    let threads = if rank * columns * tokens < SMALL_PRODUCT { 1 } else { threads };
+    let hidden = Columns::new(hidden, rank);
+    parallel::for_each(0..rank, threads, |row| {
+        let mut wide = vec![0.0; columns];
+        factor.values.widen(kernels, row * columns, &mut wide);
+        let mut column = hidden.take(row..row + 1);
+        for token in 0..tokens {
+            let sum = (kernels.dot)(&wide, &x[token * columns..][..columns]);
+            column.row_mut(token, 0, 1)[0] = T::from_f32(low_rank.scaling * sum);
+        }
+    });
+}
+
+/// The low-rank part's second product, hidden Bᵀ.
+struct Outer<'a> {
     hidden: Vec<f32>,
-    factor: &'a [T],
+    factor: Floats<'a>,
     rank: usize,
 }
 
-impl<'a, T: Element> Wide<'a, T> {
-    fn new(kernels: &Kernels, low_rank: LowRank<'a, T>) -> Self {
-        let mut hidden = vec![0.0; low_rank.hidden.len()];
-        T::widen(kernels, low_rank.hidden, &mut hidden);
-        Self { hidden, factor: low_rank.factor, rank: low_rank.rank }
+impl<'a> Outer<'a> {
+    fn new<T: Element>(kernels: &Kernels, factor: Floats<'a>, hidden: &[T], rank: usize) -> Self {
+        let mut wide = vec![0.0; hidden.len()];
+        T::widen(kernels, hidden, &mut wide);
+        Self { hidden: wide, factor, rank }
     }
 
     /// Add B's rows from `first` on times the hidden activations.
     fn add(&self, kernels: &Kernels, first: usize, tokens: usize, products: &mut [f32]) {
-        let mut row = vec![0.0; self.rank];
-        for (i, products) in products.chunks_exact_mut(tokens).enumerate() {
-            T::widen(kernels, &self.factor[(first + i) * self.rank..][..self.rank], &mut row);
-            for (token, product) in products.iter_mut().enumerate() {
-                *product += (kernels.dot)(&row, &self.hidden[token * self.rank..][..self.rank]);
+        let mut rows = vec![0.0; products.len() / tokens * self.rank];
+        self.factor.widen(kernels, first * self.rank, &mut rows);
+        for (row, products) in rows.chunks_exact(self.rank).zip(products.chunks_exact_mut(tokens)) {
+            for (hidden, product) in self.hidden.chunks_exact(self.rank).zip(products) {
+                *product += (kernels.dot)(row, hidden);
             }
         }
     }
@@ -109,12 +136,10 @@ fn prepare<T: Element>(
         return Prepared::F32(wide);
     }
     let width = columns.next_multiple_of(PREPARED_MULTIPLE);
-    let bf16_kernels = kernels.bf16.filter(|_| matrix.block_size() >= 64);
+    let bf16_kernels = kernels.bf16.and_then(|bf16| bf16.few_rows).filter(|_| matrix.block_size() >= 64);
     if let (Some(kernels), Some(x)) = (bf16_kernels, T::as_bf16(x)) {
         let mut prepared = vec![bf16::ZERO; tokens * width];
-        for (row, out) in x.chunks_exact(columns).zip(prepared.chunks_exact_mut(width)) {
-            (kernels.prepare)(row, out);
-        }
+        (kernels.prepare)(x, columns, &mut prepared);
         return Prepared::Bf16(prepared, kernels);
     }
     let mut wide = vec![0.0; columns];

@@ -1,31 +1,36 @@
 //! Products of many activation rows with a packed matrix, blocked for the caches.
 //!
 //! ```text
-//! forward     y [tokens, out]  = x  [tokens, in]  Wᵀ  + hidden [tokens, r] Bᵀ + bias
-//! backward    dX [tokens, in]  = dY [tokens, out] W   + hidden [tokens, r] A
+//! forward     y [tokens, out]  = x  [tokens, in]  Wᵀ  + hidden Bᵀ + bias     hidden = scaling x Aᵀ
+//! backward    dX [tokens, in]  = dY [tokens, out] W   + hidden A             hidden = scaling dY B
 //! ```
 //!
 //! The shape is that of Goto & van de Geijn (2008, "Anatomy of high-performance matrix
-//! multiplication"): activations are packed once into panels of 32 tokens; a block of weights, 256
-//! outputs by 128 (f32) or 256 (bf16) of the summed dimension, is decoded into panels that stay in the
-//! second-level cache; a microkernel multiplies panel by panel. The low-rank operand is more of the
+//! multiplication"): activations are packed once into panels of 32 tokens; a block of weights, at most
+//! 288 outputs by 128 (f32) or 256 (bf16) of the summed dimension, is decoded into panels that stay in
+//! the second-level cache; a microkernel multiplies panel by panel. The low-rank part is more of the
 //! summed dimension, so LoRA needs no second pass over y. Panels are made of tiles, see `tile.rs`.
 
+pub mod factors;
+mod hidden;
 mod pack;
+mod scales;
 pub mod tile;
 
-use crate::element::Element;
+use crate::element::{Element, Floats};
 use crate::error::Error;
 use crate::memory::{Scratch, advise_huge_pages};
 use crate::packed_matrix::PackedMatrix;
 use crate::parallel::{self, Columns};
 use crate::quantize::check_length;
 use crate::simd::Kernels;
+use pack::Packing;
+use scales::DecodedScales;
 use std::ops::Range;
-use tile::{Block, PANEL, Packable, Tile};
+use tile::{BLOCK_STEPS, Block, PANEL, Packable, Tile};
 
-/// Outputs of a block of decoded weights.
-const BLOCK_OUTPUTS: usize = 256;
+/// Outputs of a block of decoded weights, at most.
+const BLOCK_OUTPUTS: usize = 288;
 
 /// Packed activations and running sums may take this much per thread.
 const BYTES_PER_THREAD: usize = 4 << 20;
@@ -42,16 +47,24 @@ pub enum Direction {
     Backward,
 }
 
-/// The low-rank part: `hidden [tokens, rank]` times `factor`, which is B [out, rank] for the forward
-/// product and A [rank, in] for the backward one.
+/// A low-rank adapter (LoRA, arXiv 2106.09685): scaling B A is added to W.
 #[derive(Clone, Copy, Debug)]
-pub struct LowRank<'a, T> {
-    /// Activations of the bottleneck, scaling included.
-    pub hidden: &'a [T],
-    /// B or A.
-    pub factor: &'a [T],
+pub struct LowRank<'a> {
+    /// A [rank, in].
+    pub a: Floats<'a>,
+    /// B [out, rank].
+    pub b: Floats<'a>,
     /// r.
     pub rank: usize,
+    /// alpha / r.
+    pub scaling: f32,
+}
+
+/// A or B with the length of its rows.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Factor<'a> {
+    pub(crate) values: Floats<'a>,
+    pub(crate) columns: usize,
 }
 
 /// Operands of one product.
@@ -66,12 +79,12 @@ pub struct Product<'a, T> {
     /// Rows of `activations`.
     pub tokens: usize,
     /// LoRA, if there is any.
-    pub low_rank: Option<LowRank<'a, T>>,
+    pub low_rank: Option<LowRank<'a>>,
     /// Added to each row of the result.
     pub bias: Option<&'a [T]>,
 }
 
-/// A piece of the summed dimension: at most [`Packable::BLOCK_STEPS`] steps.
+/// A piece of the summed dimension: at most [`BLOCK_STEPS`] steps.
 #[derive(Clone, Debug)]
 struct Span {
     low_rank: bool,
@@ -79,12 +92,12 @@ struct Span {
 }
 
 impl Span {
-    fn steps<T: Packable>(&self) -> usize {
-        self.depth.len().div_ceil(T::STEP)
+    fn steps<C: Packable>(&self) -> usize {
+        self.depth.len().div_ceil(C::STEP)
     }
 }
 
-impl<T: Element> Product<'_, T> {
+impl<'a, T: Element> Product<'a, T> {
     /// Elements of one row of the result.
     #[must_use]
     pub fn outputs(&self) -> usize {
@@ -103,123 +116,163 @@ impl<T: Element> Product<'_, T> {
         }
     }
 
-    /// Check every operand's length against the shapes.
+    /// r, or zero.
+    #[must_use]
+    pub fn rank(&self) -> usize {
+        self.low_rank.map_or(0, |low_rank| low_rank.rank)
+    }
+
+    /// The factor that activations meet first, and the one that leads to the result.
+    #[must_use]
+    pub(crate) fn factors(&self) -> Option<(Factor<'a>, Factor<'a>)> {
+        let LowRank { a, b, rank, .. } = self.low_rank?;
+        let (a, b) = (Factor { values: a, columns: self.matrix.columns() }, Factor { values: b, columns: rank });
+        Some(if self.direction == Direction::Forward { (a, b) } else { (b, a) })
+    }
+
+    /// Check every operand's length against the shapes, and those of the two results.
     ///
     /// # Errors
     /// [`Error::Operand`] naming the one at fault.
-    pub fn check(&self, out: usize) -> Result<(), Error> {
-        let (outputs, depth) = (self.outputs(), self.depth());
+    pub fn check(&self, out: usize, hidden: usize) -> Result<(), Error> {
+        let (outputs, depth, rank) = (self.outputs(), self.depth(), self.rank());
         check_length("x", self.activations.len(), self.tokens * depth)?;
         check_length("y", out, self.tokens * outputs)?;
+        check_length("hidden", hidden, self.tokens * rank)?;
         if let Some(bias) = self.bias {
             check_length("bias", bias.len(), outputs)?;
         }
-        if let Some(low_rank) = self.low_rank {
-            check_length("hidden", low_rank.hidden.len(), self.tokens * low_rank.rank)?;
-            check_length("factor", low_rank.factor.len(), outputs * low_rank.rank)?;
+        if let Some(LowRank { a, b, .. }) = self.low_rank {
+            check_length("lora_a", a.len(), rank * self.matrix.columns())?;
+            check_length("lora_b", b.len(), rank * self.matrix.rows())?;
         }
         Ok(())
     }
-}
 
-impl<T: Packable> Product<'_, T> {
-    /// Write the product to `out` [tokens, outputs].
+    /// Write the product to `out` [tokens, outputs] and the bottleneck's activations to `hidden`
+    /// [tokens, rank], computing in `C`.
     ///
     /// Uses about 8 MiB of scratch per thread; more only where one panel of 32 tokens is larger
     /// than that, beyond 32,768 summed values per thread.
     ///
     /// # Errors
     /// [`Error::Operand`] when an operand has another length than the shapes ask for.
-    pub fn write(&self, kernels: &Kernels, out: &mut [T], threads: usize) -> Result<(), Error> {
-        self.check(out.len())?;
-        let outputs = self.outputs();
-        if out.is_empty() {
+    pub fn write<C: Packable>(
+        &self,
+        kernels: &Kernels,
+        out: &mut [T],
+        hidden: &mut [T],
+        threads: usize,
+    ) -> Result<(), Error> {
+        self.check(out.len(), hidden.len())?;
+        let (outputs, rank) = (self.outputs(), self.rank());
+        let threads = threads.max(1);
+        if out.is_empty() && hidden.is_empty() {
             return Ok(());
         }
-        let steps: usize = self.spans().iter().map(Span::steps::<T>).sum();
+        let steps: usize = self.spans::<C>().iter().map(Span::steps::<C>).sum();
         let panel_bytes = steps.max(1) * 2 * size_of::<Tile>();
-        let panels = (BYTES_PER_THREAD * threads.max(1) / panel_bytes).clamp(1, MOST_TOKENS / PANEL);
-        for (i, out) in out.chunks_mut(panels * PANEL * outputs).enumerate() {
-            let first = i * panels * PANEL;
-            self.write_tokens(kernels, first, out.len() / outputs, out, threads);
+        let panels = (BYTES_PER_THREAD * threads / panel_bytes).clamp(1, MOST_TOKENS / PANEL);
+        for first in (0..self.tokens).step_by(panels * PANEL) {
+            let tokens = first..self.tokens.min(first + panels * PANEL);
+            let out = &mut out[tokens.start * outputs..tokens.end * outputs];
+            let hidden = &mut hidden[tokens.start * rank..tokens.end * rank];
+            self.write_tokens::<C>(kernels, tokens, out, hidden, threads);
         }
         Ok(())
     }
 
-    /// The same for tokens `first..first + tokens`, few enough that they can be packed whole.
-    fn write_tokens(&self, kernels: &Kernels, first: usize, tokens: usize, out: &mut [T], threads: usize) {
-        let outputs = self.outputs();
-        let panels = tokens.div_ceil(PANEL);
-        let spans = self.spans();
+    /// The same for some tokens, few enough that they can be packed whole.
+    fn write_tokens<C: Packable>(
+        &self,
+        kernels: &Kernels,
+        tokens: Range<usize>,
+        out: &mut [T],
+        hidden: &mut [T],
+        threads: usize,
+    ) {
         advise_huge_pages(out);
-        let steps: usize = spans.iter().map(Span::steps::<T>).sum();
-        let mut activations = Scratch::take(panels * steps * 2);
-        // A span's panels lie together: panels a power of two apart would share cache sets.
-        let mut rest = &mut activations[..];
-        let mut parts = Vec::with_capacity(spans.len());
-        for span in &spans {
-            let (part, after) = rest.split_at_mut(panels * span.steps::<T>() * 2);
-            parts.push((span, part));
-            rest = after;
+        let (outputs, count) = (self.outputs(), tokens.len());
+        let spans = self.spans::<C>();
+        let ranges = scales::ranges(self, threads);
+        let mut activations = Packing::<C>::new(&spans, count);
+        let width = |range: &Range<usize>| block_width(range.len(), threads);
+        let mut scales = DecodedScales::new(self, ranges[0].clone(), width(&ranges[0]));
+        // One region for both: entering a team of threads costs as much as a small layer's packing.
+        let mut tasks = activations.tasks(|span| !span.low_rank);
+        tasks.extend(scales.tasks());
+        parallel::for_each(tasks, threads, |task| self.prepare::<C>(kernels, tokens.start, task));
+        if self.low_rank.is_some() {
+            self.write_hidden::<C>(kernels, &activations, count, hidden, threads);
+            let tasks = activations.tasks(|span| span.low_rank);
+            parallel::for_each(tasks, threads, |task| self.pack_hidden::<C>(kernels, hidden, task));
         }
-        parallel::for_each(parts, threads, |(span, part)| self.pack(kernels, first, tokens, span, part));
-        let wide = outputs.div_ceil(4 * threads.max(1)).next_multiple_of(2 * PANEL).min(BLOCK_OUTPUTS);
         let columns = Columns::new(out, outputs);
-        parallel::for_each((0..outputs).step_by(wide), threads, |start| {
-            let width = wide.min(outputs - start);
-            let mut sums = Scratch::take(width.div_ceil(PANEL) * panels * 4);
-            self.sum_block(kernels, &activations, &spans, start, width, tokens, &mut sums);
-            let mut range = columns.take(start..start + width);
-            for (i, sums) in sums.as_chunks_mut::<4>().0.iter_mut().enumerate() {
-                let (weights, tokens_at) = (i / panels * PANEL, i % panels * PANEL);
-                let bias = self.bias.map(|bias| &bias[start + weights..]);
-                let size = ((width - weights).min(PANEL), (tokens - tokens_at).min(PANEL));
-                self.store(kernels, sums, weights, tokens_at, size, bias, &mut range);
+        for (i, range) in ranges.into_iter().enumerate() {
+            if i > 0 {
+                scales = DecodedScales::new(self, range.clone(), width(&range));
+                parallel::for_each(scales.tasks(), threads, |task| self.prepare::<C>(kernels, 0, task));
             }
-        });
+            let width = width(&range);
+            parallel::for_each(range.clone().step_by(width), threads, |start| {
+                let block = start..range.end.min(start + width);
+                let mut out = columns.take(block.clone());
+                self.write_block::<C>(kernels, &activations, &scales, block, count, &mut out);
+            });
+        }
     }
 
     /// The summed dimension in pieces: that of W, then that of the low-rank part.
-    fn spans(&self) -> Vec<Span> {
+    fn spans<C: Packable>(&self) -> Vec<Span> {
         let cut = |depth: usize, low_rank: bool| {
-            let length = T::BLOCK_STEPS * T::STEP;
+            let length = BLOCK_STEPS * C::STEP;
             let starts = (0..depth).step_by(length);
             starts.map(move |start| Span { low_rank, depth: start..depth.min(start + length) })
         };
-        let rank = self.low_rank.map_or(0, |low_rank| low_rank.rank);
-        cut(self.depth(), false).chain(cut(rank, true)).collect()
+        cut(self.depth(), false).chain(cut(self.rank(), true)).collect()
     }
 
-    /// All sums of a block of outputs: four tiles of f32 per panel of weights and panel of tokens.
-    fn sum_block(
+    /// A block of outputs for all tokens: sums in four tiles of f32 per panel of weights and panel of
+    /// tokens, then results.
+    fn write_block<C: Packable>(
         &self,
         kernels: &Kernels,
-        activations: &[Tile],
-        spans: &[Span],
-        start: usize,
-        width: usize,
+        activations: &Packing<'_, C>,
+        scales: &DecodedScales,
+        outputs: Range<usize>,
         tokens: usize,
-        sums: &mut [Tile],
+        out: &mut parallel::ColumnRange<'_, T>,
     ) {
-        if spans.is_empty() {
+        let (panels, weight_panels) = (tokens.div_ceil(PANEL), outputs.len().div_ceil(PANEL));
+        let mut sums = Scratch::take(weight_panels * panels * 4);
+        let mut weights = Scratch::take(weight_panels * BLOCK_STEPS * 2);
+        let mut scratch = vec![C::default(); (BLOCK_STEPS * C::STEP).max(2 * BLOCK_OUTPUTS)];
+        let Some(loops) = C::panels(kernels) else { return };
+        if activations.spans().is_empty() {
             sums.fill(Tile::ZERO);
         }
-        let (panels, weight_panels) = (tokens.div_ceil(PANEL), width.div_ceil(PANEL));
-        let mut weights = Scratch::take(weight_panels * T::BLOCK_STEPS * 2);
-        let mut scratch = vec![T::default(); (T::BLOCK_STEPS * T::STEP).max(2 * BLOCK_OUTPUTS)];
-        let all = activations;
-        let mut rest = activations;
-        for (i, span) in spans.iter().enumerate() {
-            let steps = span.steps::<T>();
+        for (i, span) in activations.spans().iter().enumerate() {
+            let steps = span.steps::<C>();
             let weights = &mut weights[..weight_panels * steps * 2];
-            self.fill(kernels, start, width, span, &mut scratch, weights);
-            let (activations, after) = rest.split_at(panels * steps * 2);
-            // After the last span, this thread's next block of outputs starts over with the first.
-            rest = after;
-            let next = if rest.is_empty() { all } else { rest };
-            let direction = self.direction;
-            let block = Block { weights, activations, next, steps, width, tokens, start: i == 0, direction };
-            T::multiply(kernels)(&block, sums);
+            self.fill(kernels, scales, outputs.clone(), span, &mut scratch, weights);
+            let block = Block {
+                weights,
+                activations: activations.span(i),
+                // After the last span, this thread's next block of outputs starts with the first.
+                next: activations.span((i + 1) % activations.spans().len()),
+                steps,
+                width: outputs.len(),
+                tokens,
+                start: i == 0,
+                direction: self.direction,
+            };
+            (loops.multiply)(&block, &mut sums);
+        }
+        for (i, sums) in sums.as_chunks_mut::<4>().0.iter_mut().enumerate() {
+            let (weights, token) = (i / panels * PANEL, i % panels * PANEL);
+            let bias = self.bias.map(|bias| &bias[outputs.start + weights..]);
+            let size = ((outputs.len() - weights).min(PANEL), (tokens - token).min(PANEL));
+            self.store(kernels, sums, weights, token, size, bias, out);
         }
     }
 
@@ -229,24 +282,35 @@ impl<T: Packable> Product<'_, T> {
         &self,
         kernels: &Kernels,
         sums: &mut [Tile; 4],
-        weights: usize,
-        tokens: usize,
-        size: (usize, usize),
+        first: usize,
+        first_token: usize,
+        (width, tokens): (usize, usize),
         bias: Option<&[T]>,
         out: &mut parallel::ColumnRange<'_, T>,
     ) {
         let mut addend = [0.0; PANEL];
         if let Some(bias) = bias {
-            for (addend, bias) in addend.iter_mut().zip(&bias[..size.0]) {
+            for (addend, bias) in addend.iter_mut().zip(&bias[..width]) {
                 *addend = bias.to_f32();
             }
         }
         let mut rows = [[T::default(); PANEL]; PANEL];
-        T::finish(kernels)(sums, self.direction == Direction::Forward, &addend, &mut rows);
-        for (token, row) in rows[..size.1].iter().enumerate() {
-            out.row_mut(tokens + token, weights, size.0).copy_from_slice(&row[..size.0]);
+        T::finish(kernels, sums, self.direction == Direction::Forward, &addend, &mut rows);
+        for (token, row) in rows[..tokens].iter().enumerate() {
+            let out = out.row_mut(first_token + token, first, width);
+            // A length that the compiler knows becomes a few moves instead of a call.
+            match <&mut [T; PANEL]>::try_from(&mut *out) {
+                Ok(out) => *out = *row,
+                Err(_) => out.copy_from_slice(&row[..width]),
+            }
         }
     }
+}
+
+/// Outputs of a block, such that every thread gets the same number of blocks of nearly one size.
+fn block_width(outputs: usize, threads: usize) -> usize {
+    let rounds = outputs.div_ceil(BLOCK_OUTPUTS * threads).max(1);
+    outputs.div_ceil(rounds * threads).next_multiple_of(PANEL).min(BLOCK_OUTPUTS)
 }
 
 #[cfg(test)]

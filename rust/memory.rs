@@ -55,8 +55,10 @@ thread_local! {
     static KEPT: RefCell<Vec<Buffer>> = const { RefCell::new(Vec::new()) };
 }
 
-/// A call holds three at a time: activations, weights and sums.
-const MOST_KEPT: usize = 3;
+/// A call holds four at a time: activations, scales, weights and sums.
+const MOST_KEPT: usize = 4;
+
+const FLOATS_PER_TILE: usize = size_of::<Tile>() / size_of::<f32>();
 
 impl Scratch {
     /// `length` tiles.
@@ -70,6 +72,24 @@ impl Scratch {
             Some(kept.remove(fits))
         });
         Self { buffer: Some(kept.ok().flatten().unwrap_or_else(|| Buffer::allocate(bytes))), length }
+    }
+}
+
+impl Scratch {
+    /// The same memory as floats.
+    #[must_use]
+    pub fn as_floats(&self) -> &[f32] {
+        let tiles: &[Tile] = self;
+        // SAFETY: a tile is 256 words of 32 bits without padding, each of which is also an f32.
+        unsafe { std::slice::from_raw_parts(tiles.as_ptr().cast(), tiles.len() * FLOATS_PER_TILE) }
+    }
+
+    /// The same memory as floats.
+    #[must_use]
+    pub fn as_floats_mut(&mut self) -> &mut [f32] {
+        let tiles: &mut [Tile] = self;
+        // SAFETY: as in `as_floats`; the borrow is exclusive.
+        unsafe { std::slice::from_raw_parts_mut(tiles.as_mut_ptr().cast(), tiles.len() * FLOATS_PER_TILE) }
     }
 }
 

@@ -6,6 +6,8 @@
 #[cfg(target_arch = "x86_64")]
 mod amx;
 #[cfg(target_arch = "x86_64")]
+mod amx_linear;
+#[cfg(target_arch = "x86_64")]
 mod avx2;
 #[cfg(target_arch = "x86_64")]
 mod avx2_gemm;
@@ -54,7 +56,7 @@ pub type Linear<T> = fn(x: &[T], strip: &Strip<'_>, out: &mut [f32]);
 /// handed out after the instructions they use were found.
 #[derive(Clone, Copy, Debug)]
 pub struct Kernels {
-    /// `portable`, `avx2`, `avx512` or `amx`.
+    /// `portable`, `avx2`, `avx512`, `avx512_bf16` or `amx`.
     pub name: &'static str,
     /// f16 → f32, exact; both slices have the same length.
     pub widen_f16: fn(&[f16], &mut [f32]),
@@ -78,23 +80,18 @@ pub struct Kernels {
     pub prepare_f32: fn(&[f32], &mut [f32]),
     /// Products with rows of packed weights, activations prepared by `prepare_f32`.
     pub linear_f32: Linear<f32>,
-    /// Products of panels of f32, see `gemm/tile.rs`.
-    pub multiply_f32: MultiplyBlock,
-    /// Products of panels of bf16, summed in f32.
-    pub multiply_bf16: MultiplyBlock,
-    /// Decoding straight into tiles; without it, weights go through a buffer.
-    pub decode: Option<DecodeKernels>,
+    /// Products of panels of f32.
+    pub panels_f32: PanelKernels,
     /// Swap a tile's rows and columns.
     pub transpose: fn(&mut Tile),
-    /// Two runs of 16 bf16 → 16 words, the first run in the lower halves.
-    pub interleave: fn(&[bf16; 16], &[bf16; 16], &mut [u32; 16]),
     /// Four tiles of sums plus a bias per output → 32 tokens by 32 outputs.
     pub finish_f32: Finish<f32>,
     /// The same, rounded to bf16, to nearest, ties to even.
     pub finish_bf16: Finish<bf16>,
     /// Up to how many rows of activations `linear_f32` beats panels (f32, then bf16).
     pub few_rows: [usize; 2],
-    /// The same for bf16 activations where the CPU multiplies bf16; needs blocks of 64 or more.
+    /// Products of bf16 as such, where this path has an instruction for that; elsewhere bf16 is
+    /// widened to f32.
     pub bf16: Option<Bf16Kernels>,
 }
 
@@ -120,33 +117,64 @@ pub type DecodeLeft = fn(run: &Run<'_>, row: usize, panel: &mut [Tile]);
 /// As many runs as a word has values → row `word` of right panels of `steps` steps each.
 pub type DecodeRight = fn(runs: &[Run<'_>], word: usize, steps: usize, panels: &mut [Tile]);
 
-/// Loops that decode into tiles; layout in `gemm/tile.rs`.
+/// Two runs of 16 bf16 → 16 words, the first run in the lower halves.
+pub type Interleave = fn(&[bf16; 16], &[bf16; 16], &mut [u32; 16]);
+
+/// Loops for panels of one element type; layout in `gemm/tile.rs`.
 #[derive(Clone, Copy, Debug)]
-pub struct DecodeKernels {
-    /// Left panels of f32.
-    pub left_f32: DecodeLeft,
-    /// Left panels of bf16.
-    pub left_bf16: DecodeLeft,
-    /// Right panels of f32.
-    pub right_f32: DecodeRight,
-    /// Right panels of bf16.
-    pub right_bf16: DecodeRight,
+pub struct PanelKernels {
+    /// The product of two panels, summed in f32.
+    pub multiply: MultiplyBlock,
+    /// Decoding straight into tiles; without it, weights go through a buffer.
+    pub decode: Option<(DecodeLeft, DecodeRight)>,
 }
 
 /// Loops for CPUs with a bf16 dot product.
 #[derive(Clone, Copy, Debug)]
 pub struct Bf16Kernels {
-    /// As [`Kernels::prepare_f32`].
-    pub prepare: fn(&[bf16], &mut [bf16]),
-    /// As [`Kernels::linear_f32`]; weights are rounded to bf16, products summed in f32.
+    /// Products of panels of bf16.
+    pub panels: PanelKernels,
+    /// For tiles of pairs.
+    pub interleave: Interleave,
+    /// Few rows of activations; `None` where `linear_f32` is faster.
+    pub few_rows: Option<FewRowsBf16>,
+}
+
+/// Products of few rows of bf16 with rows of packed weights.
+#[derive(Clone, Copy, Debug)]
+pub struct FewRowsBf16 {
+    /// Reorder rows of activations, `columns` values each, into the order in which `linear` meets
+    /// the weights; the output holds `columns.next_multiple_of(PREPARED_MULTIPLE)` values per row.
+    pub prepare: fn(x: &[bf16], columns: usize, out: &mut [bf16]),
+    /// As [`Kernels::linear_f32`]; weights are rounded to bf16, products summed in f32. Needs blocks
+    /// of 64 or more.
     pub linear: Linear<bf16>,
+}
+
+/// Ask for bytes that will be read soon to be brought to the second-level cache.
+#[inline]
+pub fn prefetch(bytes: &[u8]) {
+    #[cfg(target_arch = "x86_64")]
+    for line in bytes.chunks(64) {
+        use std::arch::x86_64::{_MM_HINT_T1, _mm_prefetch};
+        // SAFETY: a prefetch reads nothing that the program could see, whatever the address.
+        unsafe { _mm_prefetch::<_MM_HINT_T1>(line.as_ptr().cast()) };
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    let _ = bytes;
 }
 
 /// The paths this CPU can run, fastest first; the last one is always portable.
 #[must_use]
 pub fn available() -> Vec<&'static Kernels> {
     #[cfg(target_arch = "x86_64")]
-    let detected = [amx::detect(), avx512::detect(), avx2::detect()];
+    let mut avx512 = [avx512::detect_bf16(), avx512::detect()];
+    #[cfg(target_arch = "x86_64")]
+    if avx512::bf16_is_slow() {
+        avx512.reverse();
+    }
+    #[cfg(target_arch = "x86_64")]
+    let detected = [amx::detect(), avx512[0], avx512[1], avx2::detect()];
     #[cfg(not(target_arch = "x86_64"))]
     let detected = [];
     detected.into_iter().flatten().chain([&portable::KERNELS]).collect()
@@ -165,7 +193,7 @@ fn choose(requested: Option<&str>) -> Result<&'static Kernels, Error> {
     let paths = available();
     match requested {
         None | Some("") => Ok(paths[0]),
-        Some(name @ ("portable" | "avx2" | "avx512" | "amx")) => {
+        Some(name @ ("portable" | "avx2" | "avx512" | "avx512_bf16" | "amx")) => {
             let found = paths.iter().copied().find(|path| path.name == name);
             found.ok_or_else(|| Error::CpuPathMissing {
                 requested: name.to_owned(),

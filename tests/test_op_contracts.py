@@ -83,7 +83,9 @@ def test_lora_linear_backward_keeps_its_contract(packed: tuple, dtype: torch.dty
     a, b = torch.randn(2, 50), torch.randn(10, 2)
     for x in activations(50, dtype)[:-1]:
         grad = torch.randn(*x.shape[:-1], 10).to(dtype)
-        opcheck("lora_linear_backward", grad, x, *packed, a, b, 0.5)
+        hidden = torch.randn(x.shape[:-1].numel(), 2).to(dtype)
+        for needs_x in (True, False):
+            opcheck("lora_linear_backward", grad, x, hidden, *packed, a, b, 0.5, needs_x)
 
 
 def test_shapes_are_known_without_data(packed: tuple, dtype: torch.dtype) -> None:

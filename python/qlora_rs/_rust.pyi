@@ -14,6 +14,7 @@ __all__ = [
     "dequantize",
     "double_quantize",
     "dynamic_map",
+    "factor_gradient",
     "levels",
     "multiply",
     "quantize",
@@ -53,8 +54,18 @@ def multiply(
     packed: _Packed,
     shape: tuple[int, int],
     block_size: int,
-    low_rank: tuple[_Capsule, _Capsule, int] | None,
+    low_rank: tuple[_Capsule, _Capsule, int, float, _Capsule] | None,
     bias: _Capsule | None,
+    out: _Capsule,
+    threads: int,
+) -> None: ...
+def factor_gradient(
+    left: _Capsule,
+    right: _Capsule,
+    tokens: int,
+    rank: int,
+    width: int,
+    transposed: bool,
     out: _Capsule,
     threads: int,
 ) -> None: ...

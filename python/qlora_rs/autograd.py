@@ -6,7 +6,7 @@
                                                         dB = s dYᵀ (x Aᵀ)
 
 (LoRA, arXiv 2106.09685, equation 3, differentiated by hand.) W is frozen and stays packed: what is
-saved for backward is its bytes, which the model holds anyway, and x.
+saved for backward is its bytes, which the model holds anyway, x, and s x Aᵀ.
 
 Each class serves twice: as the operators' registered autograd, and as a
 `torch.autograd.Function` for code that builds on it. Gradients accumulate nowhere here; they are
@@ -20,10 +20,39 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qlora_rs import ops  # noqa: F401  (defines the operators)
+from qlora_rs import ops
 
 # Gradients of the eight arguments that describe a packed weight.
 _NO_PACKED_GRADIENTS = (None,) * 8
+
+
+def linear(x: Tensor, *arguments: Any) -> Tensor:
+    """`torch.ops.qlora_rs.linear`, past the dispatcher where nobody looks on."""
+    if not ops.runs_directly(x):
+        return torch.ops.qlora_rs.linear(x, *arguments)
+    if _wants_gradient(x, arguments[-1]):
+        return LinearFunction.apply(x, *arguments)
+    return ops.linear(x, *arguments)
+
+
+def lora_linear(x: Tensor, *arguments: Any) -> Tensor:
+    """The first result of `torch.ops.qlora_rs.lora_linear`, likewise."""
+    if not ops.runs_directly(x):
+        return torch.ops.qlora_rs.lora_linear(x, *arguments)[0]
+    lora_a, lora_b, _, bias = arguments[8:]
+    if _wants_gradient(x, lora_a, lora_b, bias):
+        return LoRALinearFunction.apply(x, *arguments)[0]
+    return ops.lora_linear(x, *arguments)[0]
+
+
+def _wants_gradient(*tensors: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+def _kernel(name: str, x: Tensor) -> Any:
+    """An operator's kernel, or the operator itself where it is to be seen or differentiated."""
+    direct = ops.runs_directly(x) and not torch.is_grad_enabled()
+    return getattr(ops if direct else torch.ops.qlora_rs, name)
 
 
 class LinearFunction(torch.autograd.Function):
@@ -31,7 +60,7 @@ class LinearFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(x: Tensor, *arguments: Any) -> Tensor:
-        return torch.ops.qlora_rs.linear(x, *arguments)
+        return _kernel("linear", x)(x, *arguments)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
@@ -43,7 +72,7 @@ class LinearFunction(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple:
         grad_x = grad_bias = None
         if ctx.needs_input_grad[0]:
-            grad_x = torch.ops.qlora_rs.linear_backward(grad, *ctx.saved_tensors, *ctx.sizes)
+            grad_x = _kernel("linear_backward", grad)(grad, *ctx.saved_tensors, *ctx.sizes)
         if ctx.needs_input_grad[9]:
             grad_bias = grad.flatten(0, -2).sum(0) if grad.dim() > 1 else grad
         return grad_x, *_NO_PACKED_GRADIENTS, grad_bias
@@ -69,31 +98,36 @@ class LinearBackwardFunction(torch.autograd.Function):
 
 
 class LoRALinearFunction(torch.autograd.Function):
-    """y = x Wᵀ + s (x Aᵀ) Bᵀ + b; arguments as `torch.ops.qlora_rs.lora_linear`."""
+    """y = x Wᵀ + hidden Bᵀ + b and hidden = s x Aᵀ; arguments as `torch.ops.qlora_rs.lora_linear`.
+
+    hidden [rows, r] is a by-product for the backward pass and has no gradient of its own.
+    """
 
     @staticmethod
-    def forward(x: Tensor, *arguments: Any) -> Tensor:
-        return torch.ops.qlora_rs.lora_linear(x, *arguments)
+    def forward(x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
+        return _kernel("lora_linear", x)(x, *arguments)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
+    def setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
         x, *packed, lora_a, lora_b, scaling, _bias = inputs
-        ctx.save_for_backward(x, *packed[:5], lora_a, lora_b)
+        _, hidden = output
+        ctx.mark_non_differentiable(hidden)
+        ctx.save_for_backward(x, hidden, *packed[:5], lora_a, lora_b)
         ctx.sizes = packed[5:]
         ctx.scaling = scaling
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple:
-        x, *packed, lora_a, lora_b = ctx.saved_tensors
+    def backward(ctx: Any, grad: Tensor, _grad_hidden: Tensor | None = None) -> tuple:
+        x, hidden, *packed, lora_a, lora_b = ctx.saved_tensors
         needs_x, needs_a, needs_b = (ctx.needs_input_grad[i] for i in (0, 9, 10))
         grad_x = grad_a = grad_b = grad_bias = None
         if needs_x or needs_a or needs_b:
-            grad_x, grad_a, grad_b = torch.ops.qlora_rs.lora_linear_backward(
-                grad, x, *packed, *ctx.sizes, lora_a, lora_b, ctx.scaling
-            )
+            arguments = (*packed, *ctx.sizes, lora_a, lora_b, ctx.scaling, needs_x)
+            kernel = _kernel("lora_linear_backward", grad)
+            grad_x, grad_a, grad_b = kernel(grad, x, hidden, *arguments)
         if ctx.needs_input_grad[12]:
             grad_bias = grad.flatten(0, -2).sum(0) if grad.dim() > 1 else grad
-        return grad_x, *_NO_PACKED_GRADIENTS, grad_a, grad_b, None, grad_bias
+        return grad_x if needs_x else None, *_NO_PACKED_GRADIENTS, grad_a, grad_b, None, grad_bias
 
 
 for _name, _function in (

@@ -75,49 +75,75 @@ def dequantize_tile(
     return out.to(dtype)
 
 
+class LowRank(NamedTuple):
+    """An adapter as a product's operand: A [r, in], B [out, r], alpha / r."""
+
+    lora_a: Tensor
+    lora_b: Tensor
+    scaling: float
+
+    @property
+    def rank(self) -> int:
+        """r."""
+        return self.lora_a.shape[0]
+
+
 def _multiply(
     backward: bool,
     activations: Tensor,
     packed: Packed,
-    low_rank: tuple[Tensor, Tensor] | None = None,
+    low_rank: LowRank | None = None,
     bias: Tensor | None = None,
-) -> Tensor:
-    """activations times Wᵀ (or W, backward), plus hidden times factor, plus bias."""
+) -> tuple[Tensor, Tensor]:
+    """activations times Wᵀ (or W, backward) plus the low-rank part plus bias.
+
+    Also returns the bottleneck's activations [rows, r], scaling included; empty without an adapter.
+    """
     features = packed.in_features if backward else packed.out_features
-    out = torch.empty((activations.shape[0], features), dtype=activations.dtype)
-    if activations.dtype == torch.float64:
+    rows, dtype = activations.shape[0], activations.dtype
+    out = torch.empty((rows, features), dtype=dtype)
+    if dtype == torch.float64:
         return _multiply_float64(backward, activations, packed, low_rank, bias, out)
-    if low_rank is not None:
-        hidden, factor = low_rank
-        # Kept until the call is over: a capsule of a temporary copy keeps the copy alive.
-        low_rank_argument = (
-            to_dlpack(hidden.contiguous()),
-            to_dlpack(factor.contiguous()),
-            hidden.shape[1],
-        )
+    if low_rank is None:
+        hidden, adapter = out, None
+    else:
+        hidden = torch.empty((rows, low_rank.rank), dtype=dtype)
+        factors = (to_dlpack(_factor(m, dtype)) for m in (low_rank.lora_a, low_rank.lora_b))
+        adapter = (*factors, low_rank.rank, low_rank.scaling, to_dlpack(hidden))
     _rust.multiply(
         backward,
         to_dlpack(activations),
-        activations.shape[0],
+        rows,
         packed.capsules(),
         (packed.out_features, packed.in_features),
         packed.block_size,
-        None if low_rank is None else low_rank_argument,
-        None if bias is None else to_dlpack(bias.contiguous()),
+        adapter,
+        None if bias is None else to_dlpack(bias),
         to_dlpack(out),
         torch.get_num_threads(),
     )
-    return out
+    return out, hidden
+
+
+def plain(tensor: Tensor) -> Tensor:
+    """The tensor as its memory shows it: contiguous, nothing lazy, no gradient."""
+    return tensor.detach().resolve_neg().contiguous()
+
+
+def _factor(matrix: Tensor, dtype: torch.dtype) -> Tensor:
+    """A or B as Rust reads it; a capsule of a temporary copy keeps the copy alive."""
+    matrix = plain(matrix)
+    return matrix.to(dtype) if matrix.dtype == torch.float64 else matrix
 
 
 def _multiply_float64(
     backward: bool,
     activations: Tensor,
     packed: Packed,
-    low_rank: tuple[Tensor, Tensor] | None,
+    low_rank: LowRank | None,
     bias: Tensor | None,
     out: Tensor,
-) -> Tensor:
+) -> tuple[Tensor, Tensor]:
     rows, columns = packed.out_features, packed.in_features
     step = max(TILE_WEIGHTS // max(columns if not backward else rows, 1), 1)
     for start in range(0, out.shape[1], step):
@@ -127,38 +153,63 @@ def _multiply_float64(
         else:
             tile = dequantize_tile(packed, (start, end), (0, columns), out.dtype).t()
         torch.mm(activations, tile, out=out[:, start:end])
+    hidden = out
     if low_rank is not None:
-        hidden, factor = low_rank
-        out.addmm_(hidden, factor if backward else factor.t())
-    return out if bias is None else out.add_(bias)
+        a, b = low_rank.lora_a.to(out.dtype), low_rank.lora_b.to(out.dtype)
+        first, second = (b, a) if backward else (a.t(), b.t())
+        hidden = (activations @ first).mul_(low_rank.scaling)
+        out.addmm_(hidden, second)
+    return (out if bias is None else out.add_(bias)), hidden
 
 
 def linear(x: Tensor, packed: Packed, bias: Tensor | None) -> Tensor:
-    """y [tokens, out] = x [tokens, in] Wᵀ + bias."""
-    return _multiply(False, x, packed, bias=bias)
+    """y [rows, out] = x [rows, in] Wᵀ + bias."""
+    return _multiply(False, x, packed, bias=bias)[0]
 
 
 def linear_backward(grad: Tensor, packed: Packed) -> Tensor:
-    """dX [tokens, in] = dY [tokens, out] W, from the same bytes: no transposed copy."""
-    return _multiply(True, grad, packed)
+    """dX [rows, in] = dY [rows, out] W, from the same bytes: no transposed copy."""
+    return _multiply(True, grad, packed)[0]
 
 
 def lora_linear(
-    x: Tensor, packed: Packed, lora_a: Tensor, lora_b: Tensor, scaling: float, bias: Tensor | None
-) -> Tensor:
-    """y = x Wᵀ + scaling (x Aᵀ) Bᵀ + bias, the low-rank part in x's precision."""
-    hidden = (x @ lora_a.to(x.dtype).t()).mul_(scaling)
-    return _multiply(False, x, packed, (hidden, lora_b.to(x.dtype)), bias)
+    x: Tensor, packed: Packed, low_rank: LowRank, bias: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """y = x Wᵀ + hidden Bᵀ + bias and hidden = scaling x Aᵀ, in one pass over x and y."""
+    return _multiply(False, x, packed, low_rank, bias)
 
 
 def lora_linear_backward(
-    grad: Tensor, x: Tensor, packed: Packed, lora_a: Tensor, lora_b: Tensor, scaling: float
+    grad: Tensor, x: Tensor, hidden: Tensor, packed: Packed, low_rank: LowRank, needs_x: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """dX = dY W + scaling (dY B) A, dA = scaling (dY B)ᵀ x, dB = scaling dYᵀ (x Aᵀ)."""
-    a, b = lora_a.to(x.dtype), lora_b.to(x.dtype)
-    grad_hidden = (grad @ b).mul_(scaling)
-    grad_x = _multiply(True, grad, packed, (grad_hidden, a))
-    grad_a = grad_hidden.t() @ x
-    # x Aᵀ is computed again rather than kept: r / out_features of the product's work.
-    grad_b = (grad.t() @ (x @ a.t())).mul_(scaling)
-    return grad_x, grad_a.to(lora_a.dtype), grad_b.to(lora_b.dtype)
+    """dX = dY W + g A with g = scaling dY B; dA = gᵀ x; dB = dYᵀ hidden.
+
+    Without `needs_x`, dX is empty.
+    """
+    lora_a, lora_b, scaling = low_rank
+    if needs_x:
+        grad_x, grad_hidden = _multiply(True, grad, packed, low_rank)
+    else:
+        grad_x = grad.new_empty(0)
+        grad_hidden = (grad @ lora_b.to(grad.dtype)).mul_(scaling)
+    grad_a = _factor_gradient(grad_hidden, x, lora_a, transposed=False)
+    grad_b = _factor_gradient(hidden, grad, lora_b, transposed=True)
+    return grad_x, grad_a, grad_b
+
+
+def _factor_gradient(left: Tensor, right: Tensor, factor: Tensor, transposed: bool) -> Tensor:
+    """leftᵀ right [r, width] (or its transpose), in the factor's dtype; summed in float32."""
+    if torch.float64 in (right.dtype, factor.dtype):
+        product = left.t() @ right
+        return (product.t() if transposed else product).to(factor.dtype).contiguous()
+    out = torch.empty(factor.shape, dtype=factor.dtype)
+    sizes = (right.shape[0], left.shape[1], right.shape[1])
+    _rust.factor_gradient(
+        to_dlpack(left),
+        to_dlpack(right),
+        *sizes,
+        transposed,
+        to_dlpack(out),
+        torch.get_num_threads(),
+    )
+    return out

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
-from qlora_rs import autograd  # noqa: F401  (attaches the gradients)
+from qlora_rs import autograd
 from qlora_rs.quantize import PackedWeight
 
 
@@ -23,7 +22,7 @@ def linear(x: Tensor, packed: PackedWeight, bias: Tensor | None = None) -> Tenso
     >>> bool((linear(x, packed) == x).all())
     True
     """
-    return torch.ops.qlora_rs.linear(x, *packed.arguments(), bias)
+    return autograd.linear(x, *packed.arguments(), bias)
 
 
 def lora_linear(
@@ -37,8 +36,8 @@ def lora_linear(
     """y = x Wᵀ + scaling (x Aᵀ) Bᵀ + bias (LoRA, arXiv 2106.09685, over a 4-bit W).
 
     x: [..., in]; lora_a: [r, in]; lora_b: [out, r]; scaling: alpha / r; bias: [out]. A and B may
-    have another float dtype than x: they are rounded to x's for the product, and their gradients
-    come back in their own. Gradients flow to x, lora_a, lora_b and bias.
+    have another float dtype than x: at most they are rounded to x's for the product, and their
+    gradients come back in their own. Gradients flow to x, lora_a, lora_b and bias.
     Raises QloraError when dtypes, devices or shapes do not fit.
 
     >>> packed = quantize(torch.eye(64))
@@ -46,6 +45,4 @@ def lora_linear(
     >>> bool((lora_linear(x, packed, ones, ones.t() * 0, scaling=2.0) == x).all())
     True
     """
-    return torch.ops.qlora_rs.lora_linear(
-        x, *packed.arguments(), lora_a, lora_b, float(scaling), bias
-    )
+    return autograd.lora_linear(x, *packed.arguments(), lora_a, lora_b, float(scaling), bias)

@@ -13,7 +13,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from qlora_rs import autograd  # noqa: F401  (attaches the gradients)
+from qlora_rs import autograd
 from qlora_rs.errors import QloraError
 from qlora_rs.quantize import PackedWeight, quantize
 
@@ -115,7 +115,7 @@ class NF4Linear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         """x: [..., in] → [..., out] in x's dtype (autocast's, where that is on)."""
         inputs, bias = self._inputs(x)
-        return self._outputs(torch.ops.qlora_rs.linear(inputs, *self._arguments(), bias), x)
+        return self._outputs(autograd.linear(inputs, *self._arguments(), bias), x)
 
     @staticmethod
     def _outputs(y: Tensor, x: Tensor) -> Tensor:
@@ -245,13 +245,13 @@ class QLoRALinear(NF4Linear):
             return super().forward(x)
         inputs, bias = self._inputs(x)
         if self.training and self.dropout > 0.0:
-            base = torch.ops.qlora_rs.linear(inputs, *self._arguments(), bias)
+            base = autograd.linear(inputs, *self._arguments(), bias)
             dropped = nn.functional.dropout(inputs, self.dropout)
             hidden = dropped @ self.lora_A.to(inputs.dtype).t()
             y = base + hidden @ self.lora_B.to(inputs.dtype).t() * self.scaling
         else:
             adapter = (self.lora_A, self.lora_B, self.scaling)
-            y = torch.ops.qlora_rs.lora_linear(inputs, *self._arguments(), *adapter, bias)
+            y = autograd.lora_linear(inputs, *self._arguments(), *adapter, bias)
         return self._outputs(y, x)
 
     def without_adapter(self) -> NF4Linear:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from qlora_rs import cpu
-from qlora_rs.cpu import Packed
+from qlora_rs.cpu import LowRank, Packed
 from qlora_rs.errors import QloraError
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
@@ -34,10 +34,11 @@ _SCHEMAS = {
     "dequantize": f"({_PACKED}, ScalarType dtype) -> Tensor",
     "linear": f"(Tensor x, {_PACKED}, Tensor? bias) -> Tensor",
     "linear_backward": f"(Tensor grad, {_PACKED}) -> Tensor",
+    # The second result is scaling x Aᵀ [rows, r], which the backward pass needs.
     "lora_linear": f"(Tensor x, {_PACKED}, Tensor lora_a, Tensor lora_b, float scaling, "
-    "Tensor? bias) -> Tensor",
-    "lora_linear_backward": f"(Tensor grad, Tensor x, {_PACKED}, Tensor lora_a, Tensor lora_b, "
-    "float scaling) -> (Tensor, Tensor, Tensor)",
+    "Tensor? bias) -> (Tensor, Tensor)",
+    "lora_linear_backward": f"(Tensor grad, Tensor x, Tensor hidden, {_PACKED}, Tensor lora_a, "
+    "Tensor lora_b, float scaling, bool needs_x) -> (Tensor, Tensor, Tensor)",
 }
 for _name, _schema in _SCHEMAS.items():
     torch.library.define(f"qlora_rs::{_name}", _schema, tags=(torch.Tag.pt2_compliant_tag,))
@@ -111,7 +112,7 @@ def _check_bias(bias: Tensor | None, out_features: int) -> None:
 def _rows(x: Tensor) -> Tensor:
     """Any leading shape and strides → contiguous [rows, features]."""
     # Not reshape(-1, ...): with no features, -1 could be anything.
-    return x.reshape(math.prod(x.shape[:-1]), x.shape[-1]).contiguous()
+    return x.detach().resolve_neg().reshape(math.prod(x.shape[:-1]), x.shape[-1]).contiguous()
 
 
 @torch.library.register_kernel("qlora_rs::quantize", "cpu")
@@ -151,13 +152,13 @@ def _check_output_dtype(dtype: torch.dtype) -> None:
         raise QloraError(f"dtype must be float32, float16, bfloat16 or float64, got {dtype}")
 
 
-@torch.library.register_kernel("qlora_rs::linear", "cpu")
-def _linear(x: Tensor, *arguments: Any) -> Tensor:
+def linear(x: Tensor, *arguments: Any) -> Tensor:
+    """The operator's CPU kernel; see `functional.linear`."""
     packed, (bias,) = Packed(*arguments[:8]), arguments[8:]
     check_activations("x", x, packed.in_features, packed.codes, bias)
     _check_bias(bias, packed.out_features)
-    bias = None if bias is None else bias.contiguous()
-    return cpu.linear(_rows(x), packed, bias).reshape(*x.shape[:-1], packed.out_features)
+    bias = None if bias is None else cpu.plain(bias)
+    return cpu.linear(_rows(x), packed, bias).view(*x.shape[:-1], packed.out_features)
 
 
 @torch.library.register_fake("qlora_rs::linear")
@@ -168,12 +169,12 @@ def _linear_shape(x: Tensor, *arguments: Any) -> Tensor:
     return x.new_empty((*x.shape[:-1], packed.out_features))
 
 
-@torch.library.register_kernel("qlora_rs::linear_backward", "cpu")
-def _linear_backward(grad: Tensor, *arguments: Any) -> Tensor:
+def linear_backward(grad: Tensor, *arguments: Any) -> Tensor:
+    """The operator's CPU kernel: dX [..., in] = dY [..., out] W."""
     packed = Packed(*arguments)
     check_activations("grad", grad, packed.out_features, packed.codes)
     grad_x = cpu.linear_backward(_rows(grad), packed)
-    return grad_x.reshape(*grad.shape[:-1], packed.in_features)
+    return grad_x.view(*grad.shape[:-1], packed.in_features)
 
 
 @torch.library.register_fake("qlora_rs::linear_backward")
@@ -183,45 +184,73 @@ def _linear_backward_shape(grad: Tensor, *arguments: Any) -> Tensor:
     return grad.new_empty((*grad.shape[:-1], packed.in_features))
 
 
-@torch.library.register_kernel("qlora_rs::lora_linear", "cpu")
-def _lora_linear(x: Tensor, *arguments: Any) -> Tensor:
+def lora_linear(x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
+    """The operator's CPU kernel; see `functional.lora_linear`."""
     packed, (lora_a, lora_b, scaling, bias) = Packed(*arguments[:8]), arguments[8:]
     check_activations("x", x, packed.in_features, packed.codes, bias)
     check_lora(lora_a, lora_b, packed)
     _check_bias(bias, packed.out_features)
-    bias = None if bias is None else bias.contiguous()
-    y = cpu.lora_linear(_rows(x), packed, lora_a, lora_b, scaling, bias)
-    return y.reshape(*x.shape[:-1], packed.out_features)
+    bias = None if bias is None else cpu.plain(bias)
+    low_rank = LowRank(lora_a, lora_b, scaling)
+    y, hidden = cpu.lora_linear(_rows(x), packed, low_rank, bias)
+    return y.view(*x.shape[:-1], packed.out_features), hidden
 
 
 @torch.library.register_fake("qlora_rs::lora_linear")
-def _lora_linear_shape(x: Tensor, *arguments: Any) -> Tensor:
+def _lora_linear_shape(x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
     packed, (lora_a, lora_b, _, bias) = Packed(*arguments[:8]), arguments[8:]
     check_activations("x", x, packed.in_features, packed.codes, bias)
     check_lora(lora_a, lora_b, packed)
     _check_bias(bias, packed.out_features)
-    return x.new_empty((*x.shape[:-1], packed.out_features))
+    y = x.new_empty((*x.shape[:-1], packed.out_features))
+    return y, x.new_empty((math.prod(x.shape[:-1]), lora_a.shape[0]))
 
 
-@torch.library.register_kernel("qlora_rs::lora_linear_backward", "cpu")
-def _lora_linear_backward(
-    grad: Tensor, x: Tensor, *arguments: Any
+def lora_linear_backward(
+    grad: Tensor, x: Tensor, hidden: Tensor, *arguments: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
-    packed, (lora_a, lora_b, scaling) = Packed(*arguments[:8]), arguments[8:]
+    """The operator's CPU kernel: dX (empty if it is not needed), dA, dB."""
+    packed, (lora_a, lora_b, scaling, needs_x) = Packed(*arguments[:8]), arguments[8:]
     check_activations("grad", grad, packed.out_features, packed.codes)
+    low_rank = LowRank(lora_a, lora_b, scaling)
     grad_x, grad_a, grad_b = cpu.lora_linear_backward(
-        _rows(grad), _rows(x), packed, lora_a, lora_b, scaling
+        _rows(grad), _rows(x), hidden.contiguous(), packed, low_rank, needs_x
     )
-    return grad_x.reshape(x.shape), grad_a, grad_b
+    return grad_x.view(x.shape) if needs_x else grad_x, grad_a, grad_b
 
 
 @torch.library.register_fake("qlora_rs::lora_linear_backward")
 def _lora_linear_backward_shape(
-    grad: Tensor, x: Tensor, *arguments: Any
+    grad: Tensor, x: Tensor, hidden: Tensor, *arguments: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
-    packed, (lora_a, lora_b, _) = Packed(*arguments[:8]), arguments[8:]
+    packed, (lora_a, lora_b, _, needs_x) = Packed(*arguments[:8]), arguments[8:]
     check_activations("grad", grad, packed.out_features, packed.codes)
-    return x.new_empty(x.shape), lora_a.new_empty(lora_a.shape), lora_b.new_empty(lora_b.shape)
+    grad_x = x.new_empty(x.shape if needs_x else 0)
+    return grad_x, lora_a.new_empty(lora_a.shape), lora_b.new_empty(lora_b.shape)
+
+
+for _kernel in (linear, linear_backward, lora_linear, lora_linear_backward):
+    torch.library.register_kernel(f"qlora_rs::{_kernel.__name__}", "cpu", _kernel)
+
+
+def runs_directly(x: Tensor) -> bool:
+    """Whether a kernel may be called for x without torch's dispatcher.
+
+    A call through the dispatcher costs as much as a small product. It is only needed where
+    somebody looks on (compilers, tracers, tensor subclasses, functional transforms, modes), and for
+    tensors that are not what lies in their memory.
+    """
+    return (
+        not torch.compiler.is_compiling()
+        and type(x) in (Tensor, torch.nn.Parameter)
+        and x.device.type == "cpu"
+        and x.layout == torch.strided
+        and not x.is_neg()
+        and not torch._C._are_functorch_transforms_active()
+        and torch._C._len_torch_dispatch_stack() == 0
+        and torch._C._len_torch_function_stack() == 0
+        and torch._C._get_tracing_state() is None
+    )
 
 
 def _refuse_device(*arguments: Any) -> None:

@@ -1,18 +1,20 @@
 //! Operands → tiles: activations as they are, weights decoded on the way.
 
+use super::scales::{self, DecodedScales};
 use super::tile::{self, PANEL, Packable, SIDE, Tile};
-use super::{BLOCK_OUTPUTS, Direction, Product, Span};
+use super::{BLOCK_OUTPUTS, BLOCK_STEPS, Direction, Factor, Product, Span};
 use crate::dequantize::dequantize_run;
-use crate::simd::{Kernels, Run};
+use crate::element::Element;
+use crate::memory::Scratch;
+use crate::simd::{Kernels, Run, prefetch};
 use half::bf16;
+use std::marker::PhantomData;
 use std::ops::Range;
 
 /// Weights of a row that are decoded at a time, at most.
-const LONGEST_RUN: usize = 256;
+const LONGEST_RUN: usize = 288;
 const _: () = assert!(
-    BLOCK_OUTPUTS <= LONGEST_RUN
-        && f32::BLOCK_STEPS * f32::STEP <= LONGEST_RUN
-        && bf16::BLOCK_STEPS * bf16::STEP <= LONGEST_RUN,
+    BLOCK_OUTPUTS <= LONGEST_RUN && BLOCK_STEPS * bf16::STEP <= LONGEST_RUN,
     "a run is as long as a block is wide or deep"
 );
 
@@ -20,168 +22,235 @@ const _: () = assert!(
 static ZERO_CODES: [u8; LONGEST_RUN / 2] = [0x77; LONGEST_RUN / 2];
 static ZERO_ABSMAX: [f32; LONGEST_RUN / 32] = [0.0; LONGEST_RUN / 32];
 
-impl<T: Packable> Product<'_, T> {
-    /// A span of the activations of tokens `first..first + tokens`, panel by panel, in the form that
-    /// their side of the microkernel reads.
-    pub(super) fn pack(
-        &self,
-        kernels: &Kernels,
-        first: usize,
-        tokens: usize,
-        span: &Span,
-        tiles: &mut [Tile],
-    ) {
-        let (values, width) = match self.low_rank {
-            Some(low_rank) if span.low_rank => (low_rank.hidden, low_rank.rank),
-            _ => (self.activations, self.depth()),
-        };
-        let steps = span.steps::<T>();
-        for token in 0..tokens {
-            let row = &values[(first + token) * width..][..width][span.depth.clone()];
-            tile::put_row(row, token % PANEL, &mut tiles[token / PANEL * steps * 2..][..steps * 2]);
+/// Panels of activations that are packed by one task.
+const TASK_PANELS: usize = 4;
+
+/// Packed activations: for each span its panels, one after another. (Panels a power of two apart
+/// would share cache sets.)
+pub(super) struct Packing<'a, C> {
+    spans: &'a [Span],
+    panels: usize,
+    tokens: usize,
+    tiles: Scratch,
+    element: PhantomData<C>,
+}
+
+/// Something to prepare before blocks can be multiplied.
+pub(super) enum Task<'a> {
+    /// Panels of a span of activations.
+    Pack { span: &'a Span, first_token: usize, tokens: usize, tiles: &'a mut [Tile] },
+    /// The absmax of rows of W from `row` on.
+    Scales { row: usize, columns: Range<usize>, piece: usize, out: &'a mut [f32] },
+}
+
+impl<'a, C: Packable> Packing<'a, C> {
+    /// Room for `tokens` rows of activations.
+    pub(super) fn new(spans: &'a [Span], tokens: usize) -> Self {
+        let panels = tokens.div_ceil(PANEL);
+        let steps: usize = spans.iter().map(Span::steps::<C>).sum();
+        Self { spans, panels, tokens, tiles: Scratch::take(panels * steps * 2), element: PhantomData }
+    }
+
+    pub(super) fn spans(&self) -> &'a [Span] {
+        self.spans
+    }
+
+    /// The packed panels of span `i`.
+    pub(super) fn span(&self, i: usize) -> &[Tile] {
+        let before: usize = self.spans[..i].iter().map(Span::steps::<C>).sum();
+        &self.tiles[self.panels * before * 2..][..self.panels * self.spans[i].steps::<C>() * 2]
+    }
+
+    /// The spans for which `wanted` says so, as tasks for several threads.
+    pub(super) fn tasks(&mut self, wanted: impl Fn(&Span) -> bool) -> Vec<Task<'_>> {
+        let mut tasks = Vec::new();
+        let mut rest = &mut self.tiles[..];
+        for span in self.spans {
+            let tiles = span.steps::<C>() * 2;
+            let (part, after) = std::mem::take(&mut rest).split_at_mut(self.panels * tiles);
+            rest = after;
+            if wanted(span) {
+                for (i, tiles) in part.chunks_mut(TASK_PANELS * tiles).enumerate() {
+                    let first_token = i * TASK_PANELS * PANEL;
+                    let tokens = (self.tokens - first_token).min(TASK_PANELS * PANEL);
+                    tasks.push(Task::Pack { span, first_token, tokens, tiles });
+                }
+            }
         }
-        if self.direction == Direction::Forward {
+        tasks
+    }
+}
+
+impl<T: Element> Product<'_, T> {
+    /// Forward, weights are the microkernel's left operand; backward, activations are.
+    pub(super) fn weights_are_left(&self) -> bool {
+        self.direction == Direction::Forward
+    }
+
+    /// Do a task that concerns the activations from row `first` on.
+    pub(super) fn prepare<C: Packable>(&self, kernels: &Kernels, first: usize, task: Task<'_>) {
+        match task {
+            Task::Pack { span, first_token, tokens, tiles } => {
+                let depth = self.depth();
+                let rows = &self.activations[(first + first_token) * depth..][..tokens * depth];
+                self.pack_rows::<C>(kernels, rows, span, tiles);
+            }
+            Task::Scales { row, columns, piece, out } => {
+                scales::decode(self, kernels, row, &columns, piece, out);
+            }
+        }
+    }
+
+    /// Do a task that concerns the bottleneck's activations, `hidden`.
+    pub(super) fn pack_hidden<C: Packable>(&self, kernels: &Kernels, hidden: &[T], task: Task<'_>) {
+        if let Task::Pack { span, first_token, tokens, tiles } = task {
+            let rank = self.rank();
+            self.pack_rows::<C>(kernels, &hidden[first_token * rank..][..tokens * rank], span, tiles);
+        }
+    }
+
+    /// A span of some rows of activations, in the form that their side of the microkernel reads.
+    fn pack_rows<C: Packable>(&self, kernels: &Kernels, rows: &[T], span: &Span, tiles: &mut [Tile]) {
+        let width = if span.low_rank { self.rank() } else { self.depth() };
+        let steps = span.steps::<C>();
+        let mut scratch = [C::default(); LONGEST_RUN];
+        for (token, row) in rows.chunks_exact(width).enumerate() {
+            let values = C::cast(kernels, &row[span.depth.clone()], &mut scratch);
+            tile::put_row(values, token % PANEL, &mut tiles[token / PANEL * steps * 2..][..steps * 2]);
+        }
+        if self.weights_are_left() {
             for tile in tiles {
                 (kernels.transpose)(tile);
             }
         }
     }
 
-    /// A span of the weights of outputs `start..start + width` → panels.
-    pub(super) fn fill(
+    /// A span of the weights of some outputs → panels.
+    pub(super) fn fill<C: Packable>(
         &self,
         kernels: &Kernels,
-        start: usize,
-        width: usize,
+        scales: &DecodedScales,
+        outputs: Range<usize>,
         span: &Span,
-        scratch: &mut [T],
+        scratch: &mut [C],
         panels: &mut [Tile],
     ) {
-        if span.low_rank {
-            self.pack_factor(kernels, start, width, span.depth.clone(), scratch, panels);
-        } else {
-            self.decode(kernels, start, width, span.depth.clone(), scratch, panels);
-        }
-    }
-
-    /// Weights of W.
-    fn decode(
-        &self,
-        kernels: &Kernels,
-        start: usize,
-        width: usize,
-        depth: Range<usize>,
-        scratch: &mut [T],
-        panels: &mut [Tile],
-    ) {
-        let matrix = &self.matrix;
-        let columns = matrix.columns();
-        let (rows, run) = match self.direction {
-            Direction::Forward => (start..start + width, depth.clone()),
-            Direction::Backward => (depth.clone(), start..start + width),
-        };
-        let piece = matrix.block_size().min(64);
-        let whole = matrix.rows_are_aligned() && (run.start | run.len()).is_multiple_of(piece);
-        let Some((left, right)) = T::decode(kernels).filter(|_| whole) else {
-            let fill = |row: usize, first: usize, out: &mut [T]| {
-                dequantize_run(kernels, matrix, row * columns + first, out);
+        if let (true, Some((_, factor))) = (span.low_rank, self.factors()) {
+            // The other factor: its summed dimension is the rank.
+            self.pack_factor(kernels, &factor, outputs, span.depth.clone(), scratch, panels);
+        } else if !self.decode::<C>(kernels, scales, &outputs, &span.depth, panels) {
+            let columns = self.matrix.columns();
+            let fill = |row: usize, first: usize, out: &mut [C]| {
+                dequantize_run(kernels, &self.matrix, row * columns + first, out);
             };
-            return self.fill_panels(kernels, start, width, depth, scratch, panels, fill);
-        };
-        let steps = depth.len().div_ceil(T::STEP);
-        let pieces = run.len() / piece;
-        // A word's worth of rows at a time: one of f32, two of bf16; left panels take single rows.
-        // Right panels have words past the last row, which must hold zeros.
-        let (group, count) = match self.direction {
-            Direction::Forward => (1, width),
-            Direction::Backward => (T::PER_WORD, steps * SIDE),
-        };
-        let mut absmax = [0.0; 2 * LONGEST_RUN / 32];
-        for i in 0..count {
-            let (low, high) = absmax[..2 * pieces].split_at_mut(pieces);
-            let mut runs = [Run {
-                codes: &ZERO_CODES[..run.len() / 2],
-                absmax: &ZERO_ABSMAX[..pieces],
-                block_size: piece,
-            }; 2];
-            let group_rows = (rows.start + i * group..rows.end).take(group);
-            for (row, (decoded, absmax)) in group_rows.zip(runs.iter_mut().zip([low, high])) {
-                let at = row * columns + run.start;
-                matrix.decode_absmax_pieces(kernels, at, piece, absmax);
-                decoded.codes = &matrix.codes()[at / 2..][..run.len() / 2];
-                decoded.absmax = absmax;
-            }
-            match self.direction {
-                Direction::Forward => {
-                    left(&runs[0], i % PANEL, &mut panels[i / PANEL * steps * 2..][..steps * 2]);
-                }
-                Direction::Backward => right(&runs[..group], i, steps, panels),
-            }
+            self.fill_panels(outputs, span.depth.clone(), scratch, panels, kernels, fill);
         }
     }
 
-    /// The low-rank factor, which is dense.
-    fn pack_factor(
+    /// Weights of W, straight into tiles. Returns false, nothing written, where that cannot be done.
+    fn decode<C: Packable>(
         &self,
         kernels: &Kernels,
-        start: usize,
-        width: usize,
-        rank: Range<usize>,
-        scratch: &mut [T],
+        scales: &DecodedScales,
+        outputs: &Range<usize>,
+        depth: &Range<usize>,
         panels: &mut [Tile],
-    ) {
-        let Some(low_rank) = self.low_rank else { return };
-        let columns = match self.direction {
-            Direction::Forward => low_rank.rank,
-            Direction::Backward => self.outputs(),
+    ) -> bool {
+        let Some((left, right)) = C::panels(kernels).and_then(|loops| loops.decode) else { return false };
+        let (rows, run) = if self.weights_are_left() { (outputs, depth) } else { (depth, outputs) };
+        let Some((piece, _)) = scales.of(rows.start, run) else { return false };
+        let steps = depth.len().div_ceil(C::STEP);
+        let columns = self.matrix.columns();
+        let codes_of = |row: usize, first: usize| {
+            &self.matrix.codes()[(row * columns + first) / 2..][..run.len() / 2]
         };
-        let fill = |row: usize, first: usize, out: &mut [T]| {
-            out.copy_from_slice(&low_rank.factor[row * columns + first..][..out.len()]);
+        // What is decoded next: the next span of the same rows, or the same columns of later rows.
+        let ahead = |row: usize| match self.direction {
+            Direction::Forward if run.end + run.len() <= columns => Some(codes_of(row, run.end)),
+            Direction::Backward if row + rows.len() < self.matrix.rows() => {
+                Some(codes_of(row + rows.len(), run.start))
+            }
+            _ => None,
         };
-        self.fill_panels(kernels, start, width, rank, scratch, panels, fill);
+        if depth.start == 0 {
+            // Nobody asked for the first span in advance.
+            rows.clone().for_each(|row| prefetch(codes_of(row, run.start)));
+        }
+        let run_of = |row: usize| {
+            let Some((_, absmax)) = scales.of(row, run).filter(|_| rows.contains(&row)) else {
+                let (codes, absmax) = (&ZERO_CODES[..run.len() / 2], &ZERO_ABSMAX[..run.len() / piece]);
+                return Run { codes, absmax, block_size: piece };
+            };
+            ahead(row).into_iter().for_each(prefetch);
+            Run { codes: codes_of(row, run.start), absmax, block_size: piece }
+        };
+        if self.weights_are_left() {
+            for (i, row) in rows.clone().enumerate() {
+                left(&run_of(row), i % PANEL, &mut panels[i / PANEL * steps * 2..][..steps * 2]);
+            }
+        } else {
+            // A word's worth of rows at a time: one of f32, two of bf16. Words past the last row
+            // must hold zeros.
+            for word in 0..steps * SIDE {
+                let row = rows.start + word * C::PER_WORD;
+                right(&[run_of(row), run_of(row + 1)][..C::PER_WORD], word, steps, panels);
+            }
+        }
+        true
     }
 
-    /// `fill(row, first column, out)` reads a run of a row of W (or of the factor in its place).
-    fn fill_panels(
+    /// A factor of the low-rank part, which is dense.
+    pub(super) fn pack_factor<C: Packable>(
         &self,
         kernels: &Kernels,
-        start: usize,
-        width: usize,
+        factor: &Factor<'_>,
+        outputs: Range<usize>,
         depth: Range<usize>,
-        scratch: &mut [T],
+        scratch: &mut [C],
         panels: &mut [Tile],
-        fill: impl Fn(usize, usize, &mut [T]),
     ) {
-        let steps = depth.len().div_ceil(T::STEP);
-        match self.direction {
-            Direction::Forward => {
-                let run = &mut scratch[..steps * T::STEP];
-                run.fill(T::default());
-                for i in 0..width.next_multiple_of(PANEL) {
-                    if i < width {
-                        fill(start + i, depth.start, &mut run[..depth.len()]);
-                    } else if i == width {
-                        run.fill(T::default());
-                    }
-                    let panel = &mut panels[i / PANEL * steps * 2..][..steps * 2];
-                    tile::put_row(run, i % PANEL, panel);
+        let fill = |row: usize, first: usize, out: &mut [C]| {
+            C::read(kernels, &factor.values, row * factor.columns + first, out);
+        };
+        self.fill_panels(outputs, depth, scratch, panels, kernels, fill);
+    }
+
+    /// `fill(row, first column, out)` reads a run of a row of W (or of a factor in its place).
+    fn fill_panels<C: Packable>(
+        &self,
+        outputs: Range<usize>,
+        depth: Range<usize>,
+        scratch: &mut [C],
+        panels: &mut [Tile],
+        kernels: &Kernels,
+        fill: impl Fn(usize, usize, &mut [C]),
+    ) {
+        let (width, steps) = (outputs.len(), depth.len().div_ceil(C::STEP));
+        let padded = width.next_multiple_of(PANEL);
+        if self.weights_are_left() {
+            let run = &mut scratch[..steps * C::STEP];
+            run.fill(C::default());
+            for i in 0..padded {
+                if i < width {
+                    fill(outputs.start + i, depth.start, &mut run[..depth.len()]);
+                } else if i == width {
+                    run.fill(C::default());
                 }
+                tile::put_row(run, i % PANEL, &mut panels[i / PANEL * steps * 2..][..steps * 2]);
             }
-            Direction::Backward => {
-                let padded = width.next_multiple_of(PANEL);
-                let (group, _) = scratch.split_at_mut(T::PER_WORD * padded);
-                group.fill(T::default());
-                for word in 0..steps * SIDE {
-                    for (j, run) in group.chunks_exact_mut(padded).enumerate() {
-                        let row = depth.start + word * T::PER_WORD + j;
-                        if row < depth.end {
-                            fill(row, start, &mut run[..width]);
-                        } else {
-                            run.fill(T::default());
-                        }
+        } else {
+            let group = &mut scratch[..C::PER_WORD * padded];
+            group.fill(C::default());
+            for word in 0..steps * SIDE {
+                for (j, run) in group.chunks_exact_mut(padded).enumerate() {
+                    let row = depth.start + word * C::PER_WORD + j;
+                    if row < depth.end {
+                        fill(row, outputs.start, &mut run[..width]);
+                    } else {
+                        run.fill(C::default());
                     }
-                    T::put_group(kernels, group, word, steps, panels);
                 }
+                C::put_group(kernels, group, word, steps, panels);
             }
         }
     }

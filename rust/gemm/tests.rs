@@ -1,9 +1,10 @@
 //! Both products on every path, against sums in f64, on shapes that leave tails everywhere.
 
-use super::{Direction, LowRank, Product, tile::Packable};
+use super::{Direction, LowRank, Product};
+use crate::element::{Element, Floats};
 use crate::packed_matrix::{PackedMatrix, Scales};
-use crate::simd::available;
-use half::bf16;
+use crate::simd::{Kernels, available};
+use half::{bf16, f16};
 use proptest::prelude::*;
 
 /// Numbers in [-1, 1) from a seed.
@@ -26,7 +27,11 @@ struct Case {
     seed: u64,
 }
 
-fn check<T: Packable>(case: Case, tolerance: f64) -> Result<(), TestCaseError> {
+/// A product in the given element type of panels.
+type Write<T> = fn(&Product<'_, T>, &Kernels, &mut [T], &mut [T], usize) -> Result<(), crate::Error>;
+
+/// `rounding` is half a unit in the last place of T, `error` that of a sum of products.
+fn check<T: Element>(case: Case, write: Write<T>, rounding: f64, error: f64) -> Result<(), TestCaseError> {
     let Case { direction, tokens, rows, columns, rank, with_bias, seed } = case;
     let mut next = numbers(seed);
     let mut take = |count: usize| -> Vec<T> { (0..count).map(|_| T::from_f32(next())).collect() };
@@ -35,50 +40,57 @@ fn check<T: Packable>(case: Case, tolerance: f64) -> Result<(), TestCaseError> {
     let codes: Vec<u8> =
         take((rows * columns).div_ceil(2)).iter().map(|c| ((c.to_f32() + 1.0) * 127.0) as u8).collect();
     let matrix = PackedMatrix::new(&codes, Scales::Single(&absmax), rows, columns, 64).expect("it fits");
-    let (outputs, depth) = if direction == Direction::Forward { (rows, columns) } else { (columns, rows) };
-    let (x, hidden, factor) = (take(tokens * depth), take(tokens * rank), take(outputs * rank));
-    let bias = take(outputs);
+    let forward = direction == Direction::Forward;
+    let (outputs, depth) = if forward { (rows, columns) } else { (columns, rows) };
+    let (x, bias) = (take(tokens * depth), take(outputs));
+    // Values of bf16, whatever type they are handed over in: all paths use them unrounded.
+    let mut factor =
+        |count: usize| -> Vec<f32> { take(count).iter().map(|v| bf16::from_f32(v.to_f32()).to_f32()).collect() };
+    let (a, b) = (factor(rank * columns), factor(rank * rows));
+    let b_half: Vec<bf16> = b.iter().map(|&v| bf16::from_f32(v)).collect();
+    let scaling = 0.375;
+    let low_rank = LowRank { a: Floats::F32(&a), b: Floats::Bf16(&b_half), rank, scaling };
     let product = Product {
         direction,
         matrix,
         activations: &x,
         tokens,
-        low_rank: (rank > 0).then_some(LowRank { hidden: &hidden, factor: &factor, rank }),
+        low_rank: (rank > 0).then_some(low_rank),
         bias: with_bias.then_some(&bias),
     };
     for path in available() {
         let mut weights = vec![T::default(); rows * columns];
         crate::dequantize::dequantize_run(path, &matrix, 0, &mut weights);
         let run = |threads| {
-            let mut out = vec![T::default(); tokens * outputs];
-            product.write(path, &mut out, threads).expect("lengths fit");
-            out.iter().map(|v| v.to_f32()).collect::<Vec<_>>()
+            let (mut out, mut hidden) = (vec![T::default(); tokens * outputs], vec![T::default(); tokens * rank]);
+            write(&product, path, &mut out, &mut hidden, threads).expect("lengths fit");
+            let wide = |values: &[T]| values.iter().map(|v| v.to_f32()).collect::<Vec<_>>();
+            (wide(&out), wide(&hidden))
         };
-        let out = run(1);
-        prop_assert_eq!(&out, &run(3), "{} depends on the thread count", path.name);
+        let (out, hidden) = run(1);
+        prop_assert!((&out, &hidden) == (&run(3).0, &run(3).1), "{} depends on the thread count", path.name);
+        let near = |got: f32, terms: &mut dyn Iterator<Item = f64>, what: &str| {
+            let (exact, size) = terms.fold((0.0, 0.0), |(sum, size), term| (sum + term, size + term.abs()));
+            let bound = error * size + rounding * exact.abs();
+            prop_assert!((f64::from(got) - exact).abs() <= bound, "{} {what}: {got} for {exact}", path.name);
+            Ok(())
+        };
+        let times = |x: f32, y: f32| f64::from(x) * f64::from(y);
+        for (i, got) in hidden.iter().enumerate() {
+            let (token, r) = (i / rank, i % rank);
+            let factor = |k: usize| if forward { a[r * columns + k] } else { b[k * rank + r] };
+            let mut terms =
+                (0..depth).map(|k| f64::from(scaling) * times(x[token * depth + k].to_f32(), factor(k)));
+            near(*got, &mut terms, "hidden")?;
+        }
         for (i, got) in out.iter().enumerate() {
             let (token, output) = (i / outputs, i % outputs);
-            let (mut exact, mut size) = (0.0, 0.0);
-            let mut add = |a: T, b: T| {
-                let term = f64::from(a.to_f32()) * f64::from(b.to_f32());
-                exact += term;
-                size += term.abs();
-            };
-            for k in 0..depth {
-                let at =
-                    if direction == Direction::Forward { output * columns + k } else { k * columns + output };
-                add(x[token * depth + k], weights[at]);
-            }
-            for k in 0..rank {
-                let at =
-                    if direction == Direction::Forward { output * rank + k } else { k * outputs + output };
-                add(hidden[token * rank + k], factor[at]);
-            }
-            if with_bias {
-                add(bias[output], T::from_f32(1.0));
-            }
-            let error = (f64::from(*got) - exact).abs();
-            prop_assert!(error <= tolerance * (size + exact.abs()), "{}: {got} for {exact}", path.name);
+            let weight = |k: usize| weights[if forward { output * columns + k } else { k * columns + output }];
+            let factor = |r: usize| if forward { b[output * rank + r] } else { a[r * columns + output] };
+            let base = (0..depth).map(|k| times(x[token * depth + k].to_f32(), weight(k).to_f32()));
+            let delta = (0..rank).map(|r| times(hidden[token * rank + r], factor(r)));
+            let bias = with_bias.then(|| f64::from(bias[output].to_f32()));
+            near(*got, &mut base.chain(delta).chain(bias), "out")?;
         }
     }
     Ok(())
@@ -98,8 +110,13 @@ proptest! {
     ) {
         let direction = if forward { Direction::Forward } else { Direction::Backward };
         let case = Case { direction, tokens, rows, columns, rank, with_bias, seed };
-        check::<f32>(case, 2e-6)?;
-        // The result is rounded to bf16 once: half a unit in the eighth bit.
-        check::<bf16>(case, 2.0_f64.powi(-9) + 2e-6)?;
+        let f32_rounding = 2.0_f64.powi(-24);
+        let blocks: Write<f32> = |product, path, out, hidden, threads| product.write::<f32>(path, out, hidden, threads);
+        check::<f32>(case, blocks, f32_rounding, 2e-6)?;
+        check::<f32>(case, crate::matmul::write, f32_rounding, 2e-6)?;
+        // Half a unit in the last of eight bits; weights are compared rounded, and may be used so or exact.
+        let bf16_rounding = 2.0_f64.powi(-8);
+        check::<bf16>(case, crate::matmul::write, bf16_rounding, bf16_rounding + 2e-6)?;
+        check::<f16>(case, crate::matmul::write, 2.0_f64.powi(-11), 2.0_f64.powi(-11))?;
     }
 }

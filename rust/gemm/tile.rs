@@ -13,8 +13,8 @@
 //! This is the layout that AMX tile registers load; the other microkernels read it as well.
 
 use super::Direction;
-use crate::element::Element;
-use crate::simd::{DecodeLeft, DecodeRight, Finish, Kernels};
+use crate::element::{Element, Floats};
+use crate::simd::{Kernels, PanelKernels};
 use half::bf16;
 
 /// Rows and columns of a tile.
@@ -92,35 +92,43 @@ impl Block<'_> {
     }
 }
 
-/// An element type that microkernels multiply: f32 or bf16.
+/// An element type that microkernels multiply: f32, or bf16 where the CPU can.
 pub trait Packable: Element {
     /// Elements in a word.
     const PER_WORD: usize;
-    /// Steps of the summed dimension in a block.
-    const BLOCK_STEPS: usize;
     /// Elements of the summed dimension in a tile.
     const STEP: usize = SIDE * Self::PER_WORD;
-    /// Multiply a block.
-    fn multiply(kernels: &Kernels) -> MultiplyBlock;
-    /// Decode into left and right panels, if this path has loops for that.
-    fn decode(kernels: &Kernels) -> Option<(DecodeLeft, DecodeRight)>;
+    /// The loops for panels of this type; `None` where this path has none.
+    fn panels(kernels: &Kernels) -> Option<&PanelKernels>;
+    /// `values` in this type; `scratch` is used where that is another one.
+    fn cast<'a, T: Element>(kernels: &Kernels, values: &'a [T], scratch: &'a mut [Self]) -> &'a [Self];
+    /// Write the factor's values from `first` on in this type.
+    fn read(kernels: &Kernels, factor: &Floats<'_>, first: usize, out: &mut [Self]);
     /// `PER_WORD` runs of weights, one after another in `group` → row `word` of the right operand's panels.
     fn put_group(kernels: &Kernels, group: &[Self], word: usize, steps: usize, panels: &mut [Tile]);
-    /// Sums → results of this type.
-    fn finish(kernels: &Kernels) -> Finish<Self>;
 }
+
+/// Steps of the summed dimension in a block: both panels of a block must fit a first-level cache of
+/// 48 KiB together, for AMX consumes a step in 64 cycles, and only that cache brings it that fast.
+pub const BLOCK_STEPS: usize = 8;
 
 impl Packable for f32 {
     const PER_WORD: usize = 1;
-    // Both panels of a block fit a first-level cache of 48 KiB.
-    const BLOCK_STEPS: usize = 8;
 
-    fn multiply(kernels: &Kernels) -> MultiplyBlock {
-        kernels.multiply_f32
+    fn panels(kernels: &Kernels) -> Option<&PanelKernels> {
+        Some(&kernels.panels_f32)
     }
 
-    fn decode(kernels: &Kernels) -> Option<(DecodeLeft, DecodeRight)> {
-        kernels.decode.map(|decode| (decode.left_f32, decode.right_f32))
+    fn cast<'a, T: Element>(kernels: &Kernels, values: &'a [T], scratch: &'a mut [Self]) -> &'a [Self] {
+        T::as_f32(values).unwrap_or_else(|| {
+            let scratch = &mut scratch[..values.len()];
+            T::widen(kernels, values, scratch);
+            scratch
+        })
+    }
+
+    fn read(kernels: &Kernels, factor: &Floats<'_>, first: usize, out: &mut [Self]) {
+        factor.widen(kernels, first, out);
     }
 
     fn put_group(_: &Kernels, group: &[Self], word: usize, steps: usize, panels: &mut [Tile]) {
@@ -128,37 +136,37 @@ impl Packable for f32 {
             panels[i / 2 * steps * 2 + word / SIDE * 2 + i % 2].0[word % SIDE] = run.map(f32::to_bits);
         }
     }
-
-    fn finish(kernels: &Kernels) -> Finish<Self> {
-        kernels.finish_f32
-    }
 }
 
 impl Packable for bf16 {
     const PER_WORD: usize = 2;
-    // AMX consumes a step in 64 cycles: only what both panels have in the first-level cache comes
-    // that fast, so they must fit it together.
-    const BLOCK_STEPS: usize = 8;
 
-    fn multiply(kernels: &Kernels) -> MultiplyBlock {
-        kernels.multiply_bf16
+    fn panels(kernels: &Kernels) -> Option<&PanelKernels> {
+        kernels.bf16.as_ref().map(|bf16| &bf16.panels)
     }
 
-    fn decode(kernels: &Kernels) -> Option<(DecodeLeft, DecodeRight)> {
-        kernels.decode.map(|decode| (decode.left_bf16, decode.right_bf16))
+    fn cast<'a, T: Element>(_: &Kernels, values: &'a [T], scratch: &'a mut [Self]) -> &'a [Self] {
+        T::as_bf16(values).unwrap_or_else(|| {
+            let scratch = &mut scratch[..values.len()];
+            for (value, out) in values.iter().zip(&mut *scratch) {
+                *out = bf16::from_f32(value.to_f32());
+            }
+            scratch
+        })
+    }
+
+    fn read(_: &Kernels, factor: &Floats<'_>, first: usize, out: &mut [Self]) {
+        factor.narrow(first, out);
     }
 
     fn put_group(kernels: &Kernels, group: &[Self], word: usize, steps: usize, panels: &mut [Tile]) {
+        let Some(bf16_kernels) = &kernels.bf16 else { return };
         let (even, odd) = group.split_at(group.len() / 2);
         let runs = even.as_chunks::<SIDE>().0.iter().zip(odd.as_chunks::<SIDE>().0);
         for (i, (even, odd)) in runs.enumerate() {
             let row = &mut panels[i / 2 * steps * 2 + word / SIDE * 2 + i % 2].0[word % SIDE];
-            (kernels.interleave)(even, odd, row);
+            (bf16_kernels.interleave)(even, odd, row);
         }
-    }
-
-    fn finish(kernels: &Kernels) -> Finish<Self> {
-        kernels.finish_bf16
     }
 }
 

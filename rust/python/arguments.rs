@@ -6,6 +6,7 @@
 //! the [`Argument`] that borrows it lives.
 
 use super::exceptions::QloraError;
+use crate::element::Floats;
 use half::{bf16, f16};
 use pyo3::prelude::*;
 use pyo3::types::PyCapsule;
@@ -106,6 +107,16 @@ impl<'py> Argument<'py> {
         // keeps it alive. As for every torch operator, the caller must not write to an input while
         // the call runs.
         Ok(unsafe { std::slice::from_raw_parts(self.data.cast(), self.count) })
+    }
+
+    /// The elements, of whichever float type they are.
+    pub(super) fn floats(&self) -> PyResult<Floats<'_>> {
+        match self.element {
+            <f32 as Scalar>::ELEMENT => Ok(Floats::F32(self.slice()?)),
+            <f16 as Scalar>::ELEMENT => Ok(Floats::F16(self.slice()?)),
+            <bf16 as Scalar>::ELEMENT => Ok(Floats::Bf16(self.slice()?)),
+            _ => Err(self.wrong_type("float32, float16 or bfloat16")),
+        }
     }
 
     /// The elements for writing, if they are of type `T`.

@@ -3,8 +3,9 @@
 use super::arguments::{Argument, Scalar};
 use crate::codebook::{DYNAMIC_MAP, LEVELS};
 use crate::element::Element;
+use crate::gemm::factors::FactorGradient;
 use crate::gemm::{Direction, LowRank, Product};
-use crate::matmul::{self, Activation};
+use crate::matmul;
 use crate::packed_matrix::{PackedMatrix, Scales};
 use crate::{dequantize as decode, double_quantize as nested, quantize as encode, simd};
 use half::{bf16, f16};
@@ -69,7 +70,7 @@ impl<'py> PackedArguments<'py> {
     }
 }
 
-/// The CPU path of this process: `portable`, `avx2`, `avx512` or `amx`.
+/// The CPU path of this process: `portable`, `avx2`, `avx512`, `avx512_bf16` or `amx`.
 #[pyfunction]
 pub fn cpu_path() -> PyResult<&'static str> {
     Ok(simd::kernels()?.name)
@@ -175,9 +176,13 @@ pub fn dequantize(
     }
 }
 
+/// A low-rank part: A, B, rank, scaling, and where its hidden activations are to be written.
+type LowRankArguments<'py> = (Capsule<'py>, Capsule<'py>, usize, f32, Capsule<'py>);
+
 /// `tokens` rows of activations times the packed matrix, plus a low-rank part and a bias, into `out`.
 ///
-/// Forward: x Wᵀ + hidden Bᵀ + bias. Backward: dY W + hidden A. `low_rank` is (hidden, factor, rank).
+/// Forward: x Wᵀ + hidden Bᵀ + bias, hidden = scaling x Aᵀ. Backward: dY W + hidden A, hidden =
+/// scaling dY B.
 #[pyfunction]
 pub fn multiply(
     py: Python<'_>,
@@ -187,7 +192,7 @@ pub fn multiply(
     packed: Packed<'_>,
     shape: (usize, usize),
     block_size: usize,
-    low_rank: Option<(Capsule<'_>, Capsule<'_>, usize)>,
+    low_rank: Option<LowRankArguments<'_>>,
     bias: Option<Capsule<'_>>,
     out: &Capsule<'_>,
     threads: usize,
@@ -198,28 +203,24 @@ pub fn multiply(
         matrix: packed.matrix(shape, block_size)?,
         activations: Argument::new("activations", activations)?,
         tokens,
-        low_rank: match low_rank {
-            Some((hidden, factor, rank)) => {
-                Some((Argument::new("hidden", &hidden)?, Argument::new("factor", &factor)?, rank))
-            }
-            None => None,
-        },
+        low_rank: low_rank.map(LowRankOperands::new).transpose()?,
         bias: bias.map(|bias| Argument::new("bias", &bias)).transpose()?,
     };
     let out = Argument::new("out", out)?;
-    return for_element!(out, run(py, &operands, out, threads));
+    return for_element!(out, run(py, operands, out, threads));
 
-    fn run<T: Activation + Scalar>(
+    fn run<T: Element + Scalar>(
         py: Python<'_>,
-        operands: &Operands<'_, '_>,
+        mut operands: Operands<'_, '_>,
         mut out: Argument<'_>,
         threads: usize,
     ) -> PyResult<()> {
-        let low_rank = match &operands.low_rank {
-            Some((hidden, factor, rank)) => {
-                Some(LowRank { hidden: hidden.slice::<T>()?, factor: factor.slice::<T>()?, rank: *rank })
+        let (low_rank, hidden) = match &mut operands.low_rank {
+            Some(LowRankOperands { a, b, rank, scaling, hidden }) => {
+                let low_rank = LowRank { a: a.floats()?, b: b.floats()?, rank: *rank, scaling: *scaling };
+                (Some(low_rank), hidden.slice_mut::<T>()?)
             }
-            None => None,
+            None => (None, &mut [][..]),
         };
         let product = Product {
             direction: operands.direction,
@@ -230,7 +231,51 @@ pub fn multiply(
             bias: operands.bias.as_ref().map(Argument::slice::<T>).transpose()?,
         };
         let (kernels, out) = (simd::kernels()?, out.slice_mut::<T>()?);
-        Ok(py.detach(|| matmul::write(&product, kernels, out, threads))?)
+        Ok(py.detach(|| matmul::write(&product, kernels, out, hidden, threads))?)
+    }
+}
+
+/// The gradient of A [rank, width] or, transposed, of B [width, rank], into `out`: the sum over
+/// tokens of the outer products of rows of `left` [tokens, rank] and `right` [tokens, width].
+#[pyfunction]
+pub fn factor_gradient(
+    py: Python<'_>,
+    left: &Capsule<'_>,
+    right: &Capsule<'_>,
+    tokens: usize,
+    rank: usize,
+    width: usize,
+    transposed: bool,
+    out: &Capsule<'_>,
+    threads: usize,
+) -> PyResult<()> {
+    let (left, right) = (Argument::new("left", left)?, Argument::new("right", right)?);
+    let out = Argument::new("out", out)?;
+    let sizes = (tokens, rank, width);
+    return for_element!(right, run(py, &left, &right, sizes, transposed, out, threads));
+
+    fn run<T: Element + Scalar>(
+        py: Python<'_>,
+        left: &Argument<'_>,
+        right: &Argument<'_>,
+        (tokens, rank, width): (usize, usize, usize),
+        transposed: bool,
+        out: Argument<'_>,
+        threads: usize,
+    ) -> PyResult<()> {
+        let (left, right) = (left.slice::<T>()?, right.slice::<T>()?);
+        let gradient = FactorGradient { left, right, tokens, rank, width, transposed };
+        for_element!(out, write(py, gradient, out, threads))
+    }
+
+    fn write<P: Element + Scalar>(
+        py: Python<'_>,
+        gradient: FactorGradient<'_, impl Element>,
+        mut out: Argument<'_>,
+        threads: usize,
+    ) -> PyResult<()> {
+        let (kernels, out) = (simd::kernels()?, out.slice_mut::<P>()?);
+        Ok(py.detach(|| gradient.write(kernels, out, threads))?)
     }
 }
 
@@ -240,6 +285,26 @@ struct Operands<'a, 'py> {
     matrix: PackedMatrix<'a>,
     activations: Argument<'py>,
     tokens: usize,
-    low_rank: Option<(Argument<'py>, Argument<'py>, usize)>,
+    low_rank: Option<LowRankOperands<'py>>,
     bias: Option<Argument<'py>>,
+}
+
+struct LowRankOperands<'py> {
+    a: Argument<'py>,
+    b: Argument<'py>,
+    rank: usize,
+    scaling: f32,
+    hidden: Argument<'py>,
+}
+
+impl<'py> LowRankOperands<'py> {
+    fn new((a, b, rank, scaling, hidden): LowRankArguments<'py>) -> PyResult<Self> {
+        Ok(Self {
+            a: Argument::new("lora_a", &a)?,
+            b: Argument::new("lora_b", &b)?,
+            rank,
+            scaling,
+            hidden: Argument::new("hidden", &hidden)?,
+        })
+    }
 }

@@ -3,7 +3,7 @@
 //! Rust's intrinsics for AMX are not stable, so its five instructions are written as assembly.
 //! Tile registers 0..4 hold sums, 4 and 5 the left operand, 6 and 7 the right one.
 
-use super::{Kernels, avx512};
+use super::{Bf16Kernels, FewRowsBf16, Kernels, PanelKernels, amx_linear, avx512};
 use crate::gemm::tile::{Block, SIDE, Tile};
 use std::arch::asm;
 use std::arch::x86_64::{__cpuid_count, _xgetbv};
@@ -11,9 +11,22 @@ use std::sync::OnceLock;
 
 static KERNELS: Kernels = Kernels {
     name: "amx",
-    // SAFETY: the table exists for callers only after `detect` found AMX and got permission to use it.
-    multiply_bf16: |block, sums| unsafe { multiply_bf16(block, sums) },
-    few_rows: [8, 2],
+    bf16: Some(Bf16Kernels {
+        panels: PanelKernels {
+            // SAFETY: the table exists for callers only after `detect` found AMX and got permission
+            // to use it.
+            multiply: |block, sums| unsafe { multiply_bf16(block, sums) },
+            decode: avx512::PANELS_BF16.decode,
+        },
+        interleave: avx512::INTERLEAVE,
+        few_rows: Some(FewRowsBf16 {
+            // SAFETY: as above.
+            prepare: |x, columns, out| unsafe { amx_linear::prepare(x, columns, out) },
+            // SAFETY: as above.
+            linear: |x, strip, out| unsafe { amx_linear::linear(x, strip, out) },
+        }),
+    }),
+    few_rows: [8, 32],
     ..avx512::KERNELS_WITH_BF16
 };
 
@@ -21,7 +34,7 @@ static KERNELS: Kernels = Kernels {
 pub(super) fn detect() -> Option<&'static Kernels> {
     static FOUND: OnceLock<bool> = OnceLock::new();
     let found = *FOUND.get_or_init(|| {
-        avx512::detect().is_some_and(|kernels| kernels.bf16.is_some()) && has_amx() && request_permission()
+        avx512::detect_bf16().is_some() && has_amx() && request_permission()
     });
     found.then_some(&KERNELS)
 }
@@ -59,32 +72,55 @@ fn request_permission() -> bool {
     false
 }
 
-/// Palette 1, eight tiles of 16 rows of 64 bytes.
+/// The shapes of eight tile registers.
 #[repr(C, align(64))]
-struct Configuration([u8; 64]);
+pub(super) struct Configuration([u8; 64]);
 
-static FULL_TILES: Configuration = {
-    let mut bytes = [0; 64];
-    bytes[0] = 1;
-    let mut tile = 0;
-    while tile < 8 {
-        bytes[16 + 2 * tile] = 64;
-        bytes[48 + tile] = SIDE as u8;
-        tile += 1;
+impl Configuration {
+    /// Palette 1: rows of `bytes_per_row[tile]` bytes, 16 of them in each tile.
+    pub(super) const fn new(bytes_per_row: [u8; 8]) -> Self {
+        let mut bytes = [0; 64];
+        bytes[0] = 1;
+        let mut tile = 0;
+        while tile < 8 {
+            bytes[16 + 2 * tile] = bytes_per_row[tile];
+            bytes[48 + tile] = SIDE as u8;
+            tile += 1;
+        }
+        Self(bytes)
     }
-    Configuration(bytes)
-};
+
+    /// Run `work` with tile registers of these shapes.
+    ///
+    /// # Safety
+    /// The process must have permission to use tile registers.
+    pub(super) unsafe fn during<R>(&self, work: impl FnOnce() -> R) -> R {
+        let mut before = Configuration([0; 64]);
+        // SAFETY: both configurations are 64 bytes. Other libraries use tile registers too; whoever
+        // configured this thread finds its configuration again afterwards.
+        unsafe {
+            asm!("sttilecfg [{}]", in(reg) &raw mut before, options(nostack));
+            asm!("ldtilecfg [{}]", in(reg) &raw const *self, options(nostack));
+        }
+        let result = work();
+        // SAFETY: a configuration that this thread had, or none: 64 zero bytes release the tiles.
+        unsafe { asm!("ldtilecfg [{}]", in(reg) &raw const before, options(nostack)) };
+        result
+    }
+}
+
+static FULL_TILES: Configuration = Configuration::new([64; 8]);
 
 /// # Safety
 /// The process must have permission to use tile registers.
 unsafe fn multiply_bf16(block: &Block<'_>, sums: &mut [Tile]) {
-    let mut before = Configuration([0; 64]);
-    // SAFETY: both configurations are 64 bytes. Other libraries use tile registers too; whoever
-    // configured this thread finds its configuration again afterwards.
-    unsafe {
-        asm!("sttilecfg [{}]", in(reg) &raw mut before, options(nostack));
-        asm!("ldtilecfg [{}]", in(reg) &raw const FULL_TILES, options(nostack));
-    }
+    // SAFETY: the caller's promise.
+    unsafe { FULL_TILES.during(|| multiply_with_tiles(block, sums)) };
+}
+
+/// # Safety
+/// Tiles must be configured as [`FULL_TILES`].
+unsafe fn multiply_with_tiles(block: &Block<'_>, sums: &mut [Tile]) {
     let mut next = block.next.as_ptr().cast::<u8>();
     block.for_each_pair(sums, |left, right, sums, rows, columns| {
         debug_assert!(left.len() == right.len() && left.len().is_multiple_of(2));
@@ -105,8 +141,6 @@ unsafe fn multiply_bf16(block: &Block<'_>, sums: &mut [Tile]) {
         }
         next = next.wrapping_add(steps * 4 * 64);
     });
-    // SAFETY: a configuration that this thread had, or none: 64 zero bytes release the tiles.
-    unsafe { asm!("ldtilecfg [{}]", in(reg) &raw const before, options(nostack)) };
 }
 
 macro_rules! define_tiles {

@@ -3,7 +3,7 @@
 //! All functions here are reached through [`KERNELS`] alone, and [`detect`] hands that table out
 //! only where the CPU has the features: that is the argument of every `unsafe` call below.
 
-use super::{Kernels, PREPARED_MULTIPLE, Strip, avx2_gemm, portable};
+use super::{Kernels, PREPARED_MULTIPLE, PanelKernels, Strip, avx2_gemm, portable};
 use crate::codebook::{BOUNDARIES, LEVELS};
 use crate::quantize::SMALLEST_ABSMAX;
 use half::{bf16, f16};
@@ -35,13 +35,12 @@ static KERNELS: Kernels = Kernels {
     prepare_f32: portable::KERNELS.prepare_f32,
     // SAFETY: as above.
     linear_f32: |x, strip, out| unsafe { linear_f32(x, strip, out) },
-    // SAFETY: as above.
-    multiply_f32: |block, sums| unsafe { avx2_gemm::multiply_f32(block, sums) },
-    // SAFETY: as above.
-    multiply_bf16: |block, sums| unsafe { avx2_gemm::multiply_bf16(block, sums) },
-    decode: None,
+    panels_f32: PanelKernels {
+        // SAFETY: as above.
+        multiply: |block, sums| unsafe { avx2_gemm::multiply_f32(block, sums) },
+        decode: None,
+    },
     transpose: portable::KERNELS.transpose,
-    interleave: portable::KERNELS.interleave,
     finish_f32: portable::KERNELS.finish_f32,
     finish_bf16: portable::KERNELS.finish_bf16,
     few_rows: [6, 6],

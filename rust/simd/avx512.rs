@@ -3,7 +3,8 @@
 //! All functions here are reached through [`KERNELS`] alone, and [`detect`] hands that table out
 //! only where the CPU has the features: that is the argument of every `unsafe` call below.
 
-use super::{Kernels, avx2_gemm, avx512_decode, avx512_gemm, avx512_linear, portable};
+use super::{Bf16Kernels, FewRowsBf16, Interleave, Kernels, PanelKernels};
+use super::{avx512_decode, avx512_gemm, avx512_linear, portable};
 use crate::codebook::{BOUNDARIES, LEVELS};
 use crate::quantize::SMALLEST_ABSMAX;
 use half::{bf16, f16};
@@ -38,26 +39,18 @@ static KERNELS: Kernels = Kernels {
     prepare_f32: avx512_linear::prepare_f32,
     // SAFETY: as above.
     linear_f32: |x, strip, out| unsafe { avx512_linear::linear_f32(x, strip, out) },
-    // SAFETY: as above.
-    multiply_f32: |block, sums| unsafe { avx512_gemm::multiply_f32(block, sums) },
-    // SAFETY: as above; AVX-512 includes AVX2 and FMA.
-    multiply_bf16: |block, sums| unsafe { avx2_gemm::multiply_bf16(block, sums) },
-    decode: Some(super::DecodeKernels {
+    panels_f32: PanelKernels {
         // SAFETY: as above.
-        left_f32: |run, row, panel| unsafe { avx512_decode::left_f32(run, row, panel) },
-        // SAFETY: as above.
-        left_bf16: |run, row, panel| unsafe { avx512_decode::left_bf16(run, row, panel) },
-        // SAFETY: as above.
-        right_f32: |runs, word, steps, panels| unsafe { avx512_decode::right_f32(runs, word, steps, panels) },
-        // SAFETY: as above.
-        right_bf16: |runs, word, steps, panels| unsafe {
-            avx512_decode::right_bf16(runs, word, steps, panels);
-        },
-    }),
+        multiply: |block, sums| unsafe { avx512_gemm::multiply_f32(block, sums) },
+        decode: Some((
+            // SAFETY: as above.
+            |run, row, panel| unsafe { avx512_decode::left_f32(run, row, panel) },
+            // SAFETY: as above.
+            |runs, word, steps, panels| unsafe { avx512_decode::right_f32(runs, word, steps, panels) },
+        )),
+    },
     // SAFETY: as above.
     transpose: |tile| unsafe { avx512_gemm::transpose(tile) },
-    // SAFETY: as above.
-    interleave: |even, odd, out| unsafe { avx512_gemm::interleave(even, odd, out) },
     // SAFETY: as above.
     finish_f32: |sums, transpose, bias, out| unsafe { avx512_gemm::finish_f32(sums, transpose, bias, out) },
     // SAFETY: as above.
@@ -66,13 +59,31 @@ static KERNELS: Kernels = Kernels {
     bf16: None,
 };
 
-pub(super) static KERNELS_WITH_BF16: Kernels = Kernels {
+pub(super) const PANELS_BF16: PanelKernels = PanelKernels {
     // SAFETY: as above, with avx512bf16.
-    multiply_bf16: |block, sums| unsafe { avx512_gemm::multiply_bf16(block, sums) },
-    bf16: Some(super::Bf16Kernels {
-        prepare: avx512_linear::prepare_bf16,
+    multiply: |block, sums| unsafe { avx512_gemm::multiply_bf16(block, sums) },
+    decode: Some((
         // SAFETY: as above, with avx512bf16.
-        linear: |x, strip, out| unsafe { avx512_linear::linear_bf16(x, strip, out) },
+        |run, row, panel| unsafe { avx512_decode::left_bf16(run, row, panel) },
+        // SAFETY: as above, with avx512bf16.
+        |runs, word, steps, panels| unsafe { avx512_decode::right_bf16(runs, word, steps, panels) },
+    )),
+};
+
+// SAFETY: as above.
+pub(super) const INTERLEAVE: Interleave = |even, odd, out| unsafe { avx512_gemm::interleave(even, odd, out) };
+
+/// The same with products of bf16 as such.
+pub(super) static KERNELS_WITH_BF16: Kernels = Kernels {
+    name: "avx512_bf16",
+    bf16: Some(Bf16Kernels {
+        panels: PANELS_BF16,
+        interleave: INTERLEAVE,
+        few_rows: Some(FewRowsBf16 {
+            prepare: avx512_linear::prepare_bf16,
+            // SAFETY: as above, with avx512bf16.
+            linear: |x, strip, out| unsafe { avx512_linear::linear_bf16(x, strip, out) },
+        }),
     }),
     ..KERNELS
 };
@@ -85,8 +96,22 @@ pub(super) fn detect() -> Option<&'static Kernels> {
         && is_x86_feature_detected!("avx512dq")
         && is_x86_feature_detected!("f16c")
         && is_x86_feature_detected!("fma");
-    let bf16 = is_x86_feature_detected!("avx512bf16");
-    found.then_some(if bf16 { &KERNELS_WITH_BF16 } else { &KERNELS })
+    found.then_some(&KERNELS)
+}
+
+/// The table with products of bf16, if the CPU has them too.
+pub(super) fn detect_bf16() -> Option<&'static Kernels> {
+    detect()?;
+    is_x86_feature_detected!("avx512bf16").then_some(&KERNELS_WITH_BF16)
+}
+
+/// Whether a dot product of 32 bf16 takes as long as four of 16 f32 do. On Intel's CPUs it does
+/// (Sapphire Rapids: 102 GFLOP/s a core against 175), so widening to f32 is faster there; AMD's
+/// compute it at twice the rate of f32.
+pub(super) fn bf16_is_slow() -> bool {
+    let leaf = __cpuid(0);
+    // "GenuineIntel", in the order in which CPUID spreads it over registers.
+    [leaf.ebx, leaf.edx, leaf.ecx] == [*b"Genu", *b"ineI", *b"ntel"].map(u32::from_le_bytes)
 }
 
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq")]

@@ -1,41 +1,54 @@
 //! AVX-512: packed weights → tiles, without a buffer in between (layout in `gemm/tile.rs`).
+//!
+//! A shuffle puts each weight's byte into the weight's own lane, a shift per lane brings the nibble
+//! down where it is the high one, and a permute looks the level up in the block's table.
 
 use super::Run;
 use crate::codebook::LEVELS;
 use crate::gemm::tile::{SIDE, Tile};
 use std::arch::x86_64::*;
 
-/// A block's 16 levels rounded to bf16, twice: the permute looks at five bits of an index, and the
-/// fifth may be anything. Subnormal values may be flushed: products flush them anyway.
-#[inline]
-#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq")]
-fn bf16_table(levels: __m512, absmax: f32) -> __m512i {
-    let bits = _mm512_castps_si512(_mm512_mul_ps(levels, _mm512_set1_ps(absmax)));
-    let odd = _mm512_and_si512(_mm512_srli_epi32::<16>(bits), _mm512_set1_epi32(1));
-    let rounded = _mm512_add_epi32(_mm512_add_epi32(bits, odd), _mm512_set1_epi32(0x7fff));
-    _mm512_broadcast_i64x4(_mm512_cvtepi32_epi16(_mm512_srli_epi32::<16>(rounded)))
+/// Shuffle for lanes of `WIDTH` bytes: weight i's byte, i / 2, and zeros above it.
+const fn spread<const WIDTH: usize>() -> [u8; 64] {
+    let mut bytes = [0x80; 64];
+    let mut weight = 0;
+    while weight < 64 / WIDTH {
+        bytes[weight * WIDTH] = (weight / 2) as u8;
+        weight += 1;
+    }
+    bytes
 }
 
-/// The 32 weights of 16 bytes.
-#[inline]
-#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq")]
-fn decode_bf16(codes: &[u8; 16], table: __m512i) -> __m512i {
-    // SAFETY: the array holds the 16 bytes that are read.
-    let bytes = _mm512_cvtepu8_epi32(unsafe { _mm_loadu_si128(codes.as_ptr().cast()) });
-    // Each 32-bit lane: high nibble in its lower half, whole byte in its upper half.
-    let index = _mm512_or_si512(_mm512_srli_epi32::<4>(bytes), _mm512_slli_epi32::<16>(bytes));
-    _mm512_permutexvar_epi16(index, table)
-}
+/// Sixteen f32 from eight bytes; the other half of a 16-byte load is taken by the second table.
+static SPREAD_F32: [[u8; 64]; 2] = {
+    let first = spread::<4>();
+    let mut second = first;
+    let mut i = 0;
+    while i < 64 {
+        second[i] += if second[i] < 0x80 { 8 } else { 0 };
+        i += 1;
+    }
+    [first, second]
+};
+static SPREAD_BF16: [u8; 64] = spread::<2>();
 
-/// The 16 weights of eight bytes.
+/// Two rows' bytes alternate by eights: word i is (first row's weight i, second row's weight i).
+static SPREAD_PAIRS: [u8; 64] = {
+    let mut bytes = [0x80; 64];
+    let mut lane = 0;
+    while lane < 32 {
+        let weight = lane / 2;
+        bytes[lane * 2] = (lane % 2 * 8 + weight / 2) as u8;
+        lane += 1;
+    }
+    bytes
+};
+
 #[inline]
-#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq")]
-fn decode_f32(codes: &[u8; 8], table: __m512) -> __m512 {
-    // SAFETY: the array holds the 8 bytes that are read.
-    let bytes = _mm512_cvtepu8_epi64(unsafe { _mm_loadl_epi64(codes.as_ptr().cast()) });
-    // Each 64-bit lane: high nibble in its lower half, whole byte in its upper half.
-    let index = _mm512_or_si512(_mm512_srli_epi64::<4>(bytes), _mm512_slli_epi64::<32>(bytes));
-    _mm512_permutexvar_ps(index, table)
+#[target_feature(enable = "avx512f")]
+fn load(bytes: &[u8; 64]) -> __m512i {
+    // SAFETY: the array holds the 64 bytes that are read.
+    unsafe { _mm512_loadu_si512(bytes.as_ptr().cast()) }
 }
 
 #[inline]
@@ -45,16 +58,47 @@ fn levels() -> __m512 {
     unsafe { _mm512_loadu_ps(LEVELS.as_ptr()) }
 }
 
+/// Two blocks' levels rounded to bf16, the first block's below. Subnormal values are flushed, as
+/// products of bf16 flush them anyway.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bf16")]
+fn bf16_tables(levels: __m512, low: f32, high: f32) -> __m512i {
+    let low = _mm512_mul_ps(levels, _mm512_set1_ps(low));
+    let high = _mm512_mul_ps(levels, _mm512_set1_ps(high));
+    // SAFETY: both are 512 plain bits.
+    unsafe { std::mem::transmute::<__m512bh, __m512i>(_mm512_cvtne2ps_pbh(high, low)) }
+}
+
+/// The 32 weights of 16 bytes. The permute looks at five bits, the last of which may be anything:
+/// the table holds its levels twice.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw")]
+fn decode_bf16(codes: &[u8; 16], spread: __m512i, table: __m512i) -> __m512i {
+    // SAFETY: the array holds the 16 bytes that are read.
+    let bytes = _mm512_broadcast_i32x4(unsafe { _mm_loadu_si128(codes.as_ptr().cast()) });
+    let index = _mm512_srlv_epi16(_mm512_shuffle_epi8(bytes, spread), _mm512_set1_epi32(4));
+    _mm512_permutexvar_epi16(index, table)
+}
+
+/// The 16 weights of eight of the 16 bytes in each quarter of `bytes`.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw")]
+fn decode_f32(bytes: __m512i, spread: __m512i, table: __m512) -> __m512 {
+    let index = _mm512_srlv_epi32(_mm512_shuffle_epi8(bytes, spread), _mm512_set1_epi64(4));
+    _mm512_permutexvar_ps(index, table)
+}
+
 /// Row `row` of a left panel: steps of 32 weights go to consecutive pairs of tiles.
-#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq")]
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512bf16")]
 pub(super) fn left_bf16(run: &Run<'_>, row: usize, tiles: &mut [Tile]) {
-    let (half, row, levels) = (row / SIDE, row % SIDE, levels());
+    let (half, row, levels, spread) = (row / SIDE, row % SIDE, levels(), load(&SPREAD_BF16));
     let mut steps = tiles.as_chunks_mut::<2>().0.iter_mut();
     for (codes, &absmax) in run.codes.chunks_exact(run.block_size / 2).zip(run.absmax) {
-        let table = bf16_table(levels, absmax);
+        let table = bf16_tables(levels, absmax, absmax);
         for (codes, tiles) in codes.as_chunks::<16>().0.iter().zip(&mut steps) {
+            let weights = decode_bf16(codes, spread, table);
             // SAFETY: a tile's row is 64 bytes.
-            unsafe { _mm512_store_si512(tiles[half].0[row].as_mut_ptr().cast(), decode_bf16(codes, table)) };
+            unsafe { _mm512_store_si512(tiles[half].0[row].as_mut_ptr().cast(), weights) };
         }
     }
 }
@@ -62,43 +106,52 @@ pub(super) fn left_bf16(run: &Run<'_>, row: usize, tiles: &mut [Tile]) {
 /// The same for f32: steps of 16 weights.
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq")]
 pub(super) fn left_f32(run: &Run<'_>, row: usize, tiles: &mut [Tile]) {
-    let (half, row, levels) = (row / SIDE, row % SIDE, levels());
-    let mut steps = tiles.as_chunks_mut::<2>().0.iter_mut();
+    let (half, row, levels, spread) = (row / SIDE, row % SIDE, levels(), SPREAD_F32.each_ref().map(|s| load(s)));
+    let mut steps = tiles.as_chunks_mut::<4>().0.iter_mut();
     for (codes, &absmax) in run.codes.chunks_exact(run.block_size / 2).zip(run.absmax) {
         let table = _mm512_mul_ps(levels, _mm512_set1_ps(absmax));
-        for (codes, tiles) in codes.as_chunks::<8>().0.iter().zip(&mut steps) {
-            // SAFETY: a tile's row is 64 bytes.
-            unsafe { _mm512_store_ps(tiles[half].0[row].as_mut_ptr().cast(), decode_f32(codes, table)) };
+        for (codes, tiles) in codes.as_chunks::<16>().0.iter().zip(&mut steps) {
+            // SAFETY: the array holds the 16 bytes that are read.
+            let bytes = _mm512_broadcast_i32x4(unsafe { _mm_loadu_si128(codes.as_ptr().cast()) });
+            for (i, spread) in spread.iter().enumerate() {
+                let weights = decode_f32(bytes, *spread, table);
+                // SAFETY: a tile's row is 64 bytes.
+                unsafe { _mm512_store_ps(tiles[2 * i + half].0[row].as_mut_ptr().cast(), weights) };
+            }
         }
     }
 }
 
 /// Two rows of W → row `word` of right panels of `steps` steps, the first row in the lower halves.
-#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq")]
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512bf16")]
 pub(super) fn right_bf16(runs: &[Run<'_>], word: usize, steps: usize, tiles: &mut [Tile]) {
     let [even, odd] = runs else { return };
-    let levels = levels();
+    let (levels, spread) = (levels(), load(&SPREAD_PAIRS));
     let (step, row) = (word / SIDE * 2, word % SIDE);
-    let low: [u16; 32] = std::array::from_fn(|i| (i / 2 + i % 2 * 32) as u16);
-    // SAFETY: the array holds the 32 indices that are read.
-    let low = unsafe { _mm512_loadu_si512(low.as_ptr().cast()) };
-    let high = _mm512_add_epi16(low, _mm512_set1_epi16(16));
+    // Four weights to a quarter, their shifts: 4, 4 (both rows), 0, 0.
+    let shifts = _mm512_set1_epi64(0x4_0004);
+    // Odd lanes belong to the second row, whose levels fill the upper half of the table.
+    let (second, nibble) = (_mm512_set1_epi32(16 << 16), _mm512_set1_epi16(15));
     let mut panels = tiles.chunks_exact_mut(steps * 2);
     let bytes = even.block_size / 2;
     let blocks = even.codes.chunks_exact(bytes).zip(even.absmax);
     for ((codes, absmax), (odd_codes, odd_absmax)) in
         blocks.zip(odd.codes.chunks_exact(bytes).zip(odd.absmax))
     {
-        let (table, odd_table) = (bf16_table(levels, *absmax), bf16_table(levels, *odd_absmax));
+        let table = bf16_tables(levels, *absmax, *odd_absmax);
         let pairs = codes.as_chunks::<16>().0.iter().zip(odd_codes.as_chunks::<16>().0);
         for ((codes, odd_codes), panel) in pairs.zip(&mut panels) {
-            let (even, odd) = (decode_bf16(codes, table), decode_bf16(odd_codes, odd_table));
-            // SAFETY: a tile's row is 64 bytes.
-            unsafe {
-                let first = panel[step].0[row].as_mut_ptr();
-                _mm512_store_si512(first.cast(), _mm512_permutex2var_epi16(even, low, odd));
-                let second = panel[step + 1].0[row].as_mut_ptr();
-                _mm512_store_si512(second.cast(), _mm512_permutex2var_epi16(even, high, odd));
+            let halves = codes.as_chunks::<8>().0.iter().zip(odd_codes.as_chunks::<8>().0);
+            for (half, (codes, odd_codes)) in halves.enumerate() {
+                let even = _mm512_set1_epi64(i64::from_le_bytes(*codes));
+                let both = _mm512_mask_set1_epi64(even, 0b1010_1010, i64::from_le_bytes(*odd_codes));
+                let index = _mm512_srlv_epi16(_mm512_shuffle_epi8(both, spread), shifts);
+                // second | (index & 15)
+                let index = _mm512_ternarylogic_epi64::<0xF8>(second, index, nibble);
+                let weights = _mm512_permutexvar_epi16(index, table);
+                let out = panel[step + half].0[row].as_mut_ptr();
+                // SAFETY: a tile's row is 64 bytes.
+                unsafe { _mm512_store_si512(out.cast(), weights) };
             }
         }
     }
@@ -108,16 +161,18 @@ pub(super) fn right_bf16(runs: &[Run<'_>], word: usize, steps: usize, tiles: &mu
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq")]
 pub(super) fn right_f32(runs: &[Run<'_>], word: usize, steps: usize, tiles: &mut [Tile]) {
     let [run] = runs else { return };
-    let levels = levels();
+    let (levels, spread) = (levels(), SPREAD_F32.each_ref().map(|s| load(s)));
     let (step, row) = (word / SIDE * 2, word % SIDE);
     let mut panels = tiles.chunks_exact_mut(steps * 2);
     for (codes, &absmax) in run.codes.chunks_exact(run.block_size / 2).zip(run.absmax) {
         let table = _mm512_mul_ps(levels, _mm512_set1_ps(absmax));
         for (codes, panel) in codes.as_chunks::<16>().0.iter().zip(&mut panels) {
-            for (half, codes) in codes.as_chunks::<8>().0.iter().enumerate() {
+            // SAFETY: the array holds the 16 bytes that are read.
+            let bytes = _mm512_broadcast_i32x4(unsafe { _mm_loadu_si128(codes.as_ptr().cast()) });
+            for (half, spread) in spread.iter().enumerate() {
                 let out = panel[step + half].0[row].as_mut_ptr();
                 // SAFETY: a tile's row is 64 bytes.
-                unsafe { _mm512_store_ps(out.cast(), decode_f32(codes, table)) };
+                unsafe { _mm512_store_ps(out.cast(), decode_f32(bytes, *spread, table)) };
             }
         }
     }

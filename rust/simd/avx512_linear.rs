@@ -22,8 +22,11 @@ pub(super) fn prepare_f32(row: &[f32], out: &mut [f32]) {
     prepare::<f32, 8>(row, out);
 }
 
-pub(super) fn prepare_bf16(row: &[bf16], out: &mut [bf16]) {
-    prepare::<bf16, 4>(row, out);
+pub(super) fn prepare_bf16(x: &[bf16], columns: usize, out: &mut [bf16]) {
+    let width = columns.next_multiple_of(PREPARED_MULTIPLE);
+    for (row, out) in x.chunks_exact(columns).zip(out.chunks_exact_mut(width)) {
+        prepare::<bf16, 4>(row, out);
+    }
 }
 
 /// Transpose each 128 values from [lane][nibble] to [nibble][lane].

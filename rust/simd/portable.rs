@@ -1,6 +1,6 @@
 //! Plain Rust: always compiled, always the oracle of the other paths.
 
-use super::{Kernels, PREPARED_MULTIPLE, Strip};
+use super::{Kernels, PREPARED_MULTIPLE, PanelKernels, Strip};
 use crate::codebook::LEVELS;
 use crate::element::Element;
 use crate::gemm::tile::{PANEL, SIDE, Tile};
@@ -22,35 +22,18 @@ pub static KERNELS: Kernels = Kernels {
         out[row.len()..].fill(0.0);
     },
     linear_f32,
-    multiply_f32: |block, sums| {
-        block.for_each_pair(sums, |left, right, sums, rows, _| {
-            if block.start {
-                *sums = [Tile::ZERO; 4];
-            }
-            multiply(left, right, sums, rows, |word, sum, column| {
-                sum + f32::from_bits(word) * f32::from_bits(column)
+    panels_f32: PanelKernels {
+        multiply: |block, sums| {
+            block.for_each_pair(sums, |left, right, sums, rows, _| {
+                if block.start {
+                    *sums = [Tile::ZERO; 4];
+                }
+                multiply(left, right, sums, rows);
             });
-        });
+        },
+        decode: None,
     },
-    multiply_bf16: |block, sums| {
-        block.for_each_pair(sums, |left, right, sums, rows, _| {
-            if block.start {
-                *sums = [Tile::ZERO; 4];
-            }
-            multiply(left, right, sums, rows, |word, sum, column| {
-                let low = f32::from_bits(word << 16) * f32::from_bits(column << 16);
-                let high = f32::from_bits(word & 0xffff_0000) * f32::from_bits(column & 0xffff_0000);
-                sum + low + high
-            });
-        });
-    },
-    decode: None,
     transpose: Tile::transpose,
-    interleave: |even, odd, out| {
-        for ((even, odd), out) in even.iter().zip(odd).zip(out) {
-            *out = u32::from(even.to_bits()) | u32::from(odd.to_bits()) << 16;
-        }
-    },
     finish_f32: finish,
     finish_bf16: finish,
     few_rows: [4, 4],
@@ -110,22 +93,16 @@ fn dot(a: &[f32], b: &[f32]) -> f32 {
     sums.iter().sum()
 }
 
-/// Two panels, `multiply_add(left word, sum, right word)` at a time; 16 columns in a row vectorize.
-#[inline(always)]
-fn multiply(
-    left: &[Tile],
-    right: &[Tile],
-    sums: &mut [Tile; 4],
-    rows: usize,
-    multiply_add: impl Fn(u32, f32, u32) -> f32,
-) {
+/// Two panels; 16 columns in a row vectorize.
+fn multiply(left: &[Tile], right: &[Tile], sums: &mut [Tile; 4], rows: usize) {
     for (left, right) in left.chunks_exact(2).zip(right.chunks_exact(2)) {
         for row in 0..rows {
             for half in 0..2 {
                 let sums = &mut sums[row / SIDE * 2 + half].0[row % SIDE];
                 for (&word, columns) in left[row / SIDE].0[row % SIDE].iter().zip(&right[half].0) {
+                    let weight = f32::from_bits(word);
                     for (sum, &column) in sums.iter_mut().zip(columns) {
-                        *sum = multiply_add(word, f32::from_bits(*sum), column).to_bits();
+                        *sum = (f32::from_bits(*sum) + weight * f32::from_bits(column)).to_bits();
                     }
                 }
             }

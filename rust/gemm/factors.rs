@@ -1,0 +1,155 @@
+//! Gradients of the low-rank factors: sums over tokens of two rows' outer product.
+//!
+//! ```text
+//! dA [r, in]  = (scaling dY B)ᵀ x        left: [tokens, r], right: [tokens, in]
+//! dB [out, r] = dYᵀ (scaling x Aᵀ)       left: [tokens, r], right: [tokens, out], transposed
+//! ```
+//!
+//! (LoRA, arXiv 2106.09685, differentiated by hand.) Neither operand is copied or transposed as a
+//! whole: a block of columns of the right one is packed at a time.
+
+use super::tile::{BLOCK_STEPS, Block, PANEL, Packable, SIDE, Tile};
+use super::{BLOCK_OUTPUTS, Direction, block_width};
+use crate::element::Element;
+use crate::error::Error;
+use crate::memory::Scratch;
+use crate::parallel::{self, Columns};
+use crate::quantize::check_length;
+use crate::simd::Kernels;
+use half::bf16;
+use std::ops::Range;
+
+/// Operands of one gradient.
+#[derive(Clone, Copy, Debug)]
+pub struct FactorGradient<'a, T> {
+    /// The bottleneck's activations or gradients [tokens, rank], scaling included.
+    pub left: &'a [T],
+    /// x or dY [tokens, width].
+    pub right: &'a [T],
+    /// Rows of both.
+    pub tokens: usize,
+    /// r.
+    pub rank: usize,
+    /// in or out.
+    pub width: usize,
+    /// Whether the result is [width, rank], as B is, and not [rank, width], as A is.
+    pub transposed: bool,
+}
+
+impl<T: Element> FactorGradient<'_, T> {
+    /// Write the gradient, summed in f32, to `out`, which holds [rank, width] or [width, rank].
+    ///
+    /// # Errors
+    /// [`Error::Operand`] when an operand has another length than the shapes ask for.
+    pub fn write<P: Element>(&self, kernels: &Kernels, out: &mut [P], threads: usize) -> Result<(), Error> {
+        check_length("hidden", self.left.len(), self.tokens * self.rank)?;
+        check_length("x", self.right.len(), self.tokens * self.width)?;
+        check_length("gradient", out.len(), self.rank * self.width)?;
+        if kernels.bf16.is_some() && T::as_bf16(self.right).is_some() {
+            self.write_in::<P, bf16>(kernels, out, threads.max(1));
+        } else {
+            self.write_in::<P, f32>(kernels, out, threads.max(1));
+        }
+        Ok(())
+    }
+
+    fn write_in<P: Element, C: Packable>(&self, kernels: &Kernels, out: &mut [P], threads: usize) {
+        let (rank, width) = (self.rank, self.width);
+        let step = block_width(width, threads);
+        let blocks = (0..width).step_by(step).map(|start| start..width.min(start + step)).collect::<Vec<_>>();
+        if self.transposed {
+            // A block of columns of the right operand is some whole rows of the result.
+            let parts = out.chunks_mut((step * rank).max(1)).zip(blocks).collect::<Vec<_>>();
+            parallel::for_each(parts, threads, |(out, columns)| {
+                self.write_block::<P, C>(kernels, columns, |row, first, values| {
+                    out[row * rank + first..][..values.len()].copy_from_slice(values);
+                });
+            });
+        } else {
+            let out = Columns::new(out, width);
+            parallel::for_each(blocks, threads, |columns| {
+                let mut out = out.take(columns.clone());
+                self.write_block::<P, C>(kernels, columns, |row, first, values| {
+                    out.row_mut(row, first, values.len()).copy_from_slice(values);
+                });
+            });
+        }
+    }
+
+    /// The gradient for some columns of the right operand; `put(row, first column, values)` takes
+    /// pieces of rows of the block's result.
+    fn write_block<P: Element, C: Packable>(
+        &self,
+        kernels: &Kernels,
+        columns: Range<usize>,
+        mut put: impl FnMut(usize, usize, &[P]),
+    ) {
+        let Some(loops) = C::panels(kernels) else { return };
+        let (rank_panels, panels) = (self.rank.div_ceil(PANEL), columns.len().div_ceil(PANEL));
+        let mut sums = Scratch::take(rank_panels * panels * 4);
+        sums.fill(Tile::ZERO);
+        let mut left = Scratch::take(rank_panels * BLOCK_STEPS * 2);
+        let mut right = Scratch::take(panels * BLOCK_STEPS * 2);
+        let longest = BLOCK_OUTPUTS.max(self.rank.next_multiple_of(PANEL));
+        let mut scratch = vec![C::default(); 2 * C::PER_WORD * longest];
+        for first in (0..self.tokens).step_by(BLOCK_STEPS * C::STEP) {
+            let tokens = first..self.tokens.min(first + BLOCK_STEPS * C::STEP);
+            let steps = tokens.len().div_ceil(C::STEP);
+            let left = &mut left[..rank_panels * steps * 2];
+            let right = &mut right[..panels * steps * 2];
+            pack(kernels, self.left, self.rank, 0..self.rank, &tokens, &mut scratch, left);
+            left.iter_mut().for_each(|tile| (kernels.transpose)(tile));
+            pack(kernels, self.right, self.width, columns.clone(), &tokens, &mut scratch, right);
+            let block = Block {
+                weights: right,
+                activations: left,
+                next: left,
+                steps,
+                width: columns.len(),
+                tokens: self.rank,
+                start: false,
+                direction: Direction::Backward,
+            };
+            (loops.multiply)(&block, &mut sums);
+        }
+        let mut rows = [[P::default(); PANEL]; PANEL];
+        for (i, sums) in sums.as_chunks_mut::<4>().0.iter_mut().enumerate() {
+            P::finish(kernels, sums, self.transposed, &[0.0; PANEL], &mut rows);
+            let (column, rank) = (i / rank_panels * PANEL, i % rank_panels * PANEL);
+            let size = ((columns.len() - column).min(PANEL), (self.rank - rank).min(PANEL));
+            let (first_row, first, height, length) =
+                if self.transposed { (column, rank, size.0, size.1) } else { (rank, column, size.1, size.0) };
+            for (i, row) in rows[..height].iter().enumerate() {
+                put(first_row + i, first, &row[..length]);
+            }
+        }
+    }
+}
+
+/// Some columns of some rows → panels of a right operand whose summed dimension is the rows.
+fn pack<T: Element, C: Packable>(
+    kernels: &Kernels,
+    values: &[T],
+    width: usize,
+    columns: Range<usize>,
+    tokens: &Range<usize>,
+    scratch: &mut [C],
+    panels: &mut [Tile],
+) {
+    let steps = tokens.len().div_ceil(C::STEP);
+    let padded = columns.len().next_multiple_of(PANEL);
+    let (group, cast) = scratch.split_at_mut(C::PER_WORD * padded);
+    group.fill(C::default());
+    for word in 0..steps * SIDE {
+        for (j, run) in group.chunks_exact_mut(padded).enumerate() {
+            let token = tokens.start + word * C::PER_WORD + j;
+            if token < tokens.end {
+                let row = &values[token * width..][columns.clone()];
+                run[..row.len()].copy_from_slice(C::cast(kernels, row, cast));
+            } else {
+                run.fill(C::default());
+            }
+        }
+        C::put_group(kernels, group, word, steps, panels);
+    }
+}

@@ -1,0 +1,79 @@
+//! The low-rank part's first product: activations times the factor they meet first.
+
+use super::pack::Packing;
+use super::{BLOCK_STEPS, Block, Product};
+use crate::element::Element;
+use crate::gemm::tile::{PANEL, Packable};
+use crate::memory::Scratch;
+use crate::parallel;
+use crate::simd::Kernels;
+
+impl<T: Element> Product<'_, T> {
+    /// `hidden` [tokens, rank] = scaling × activations × factor, from the packed activations.
+    pub(super) fn write_hidden<C: Packable>(
+        &self,
+        kernels: &Kernels,
+        activations: &Packing<'_, C>,
+        tokens: usize,
+        hidden: &mut [T],
+        threads: usize,
+    ) {
+        let panels = tokens.div_ceil(PANEL).div_ceil(threads).max(1);
+        let groups = hidden.chunks_mut(panels * PANEL * self.rank()).enumerate();
+        parallel::for_each(groups, threads, |(i, hidden)| {
+            self.write_hidden_panels::<C>(kernels, activations, i * panels, hidden);
+        });
+    }
+
+    /// The same for the tokens of some panels, from panel `first_panel` on.
+    fn write_hidden_panels<C: Packable>(
+        &self,
+        kernels: &Kernels,
+        activations: &Packing<'_, C>,
+        first_panel: usize,
+        hidden: &mut [T],
+    ) {
+        let (Some(low_rank), Some((factor, _)), Some(loops)) =
+            (self.low_rank, self.factors(), C::panels(kernels))
+        else {
+            return;
+        };
+        let rank = low_rank.rank;
+        let tokens = hidden.len() / rank;
+        let (panels, rank_panels) = (tokens.div_ceil(PANEL), rank.div_ceil(PANEL));
+        let mut sums = Scratch::take(rank_panels * panels * 4);
+        let mut weights = Scratch::take(rank_panels * BLOCK_STEPS * 2);
+        let longest = BLOCK_STEPS * C::STEP;
+        let mut scratch = vec![C::default(); longest.max(C::PER_WORD * rank.next_multiple_of(PANEL))];
+        let spans = activations.spans().iter().enumerate().filter(|(_, span)| !span.low_rank);
+        for (i, span) in spans {
+            let steps = span.steps::<C>();
+            let weights = &mut weights[..rank_panels * steps * 2];
+            self.pack_factor(kernels, &factor, 0..rank, span.depth.clone(), &mut scratch, weights);
+            let activations = &activations.span(i)[first_panel * steps * 2..][..panels * steps * 2];
+            let block = Block {
+                weights,
+                activations,
+                next: activations,
+                steps,
+                width: rank,
+                tokens,
+                start: i == 0,
+                direction: self.direction,
+            };
+            (loops.multiply)(&block, &mut sums);
+        }
+        let mut rows = [[T::default(); PANEL]; PANEL];
+        for (i, sums) in sums.as_chunks_mut::<4>().0.iter_mut().enumerate() {
+            for word in sums.iter_mut().flat_map(|tile| tile.0.as_flattened_mut()) {
+                *word = (f32::from_bits(*word) * low_rank.scaling).to_bits();
+            }
+            let (first, token) = (i / panels * PANEL, i % panels * PANEL);
+            T::finish(kernels, sums, self.weights_are_left(), &[0.0; PANEL], &mut rows);
+            let width = (rank - first).min(PANEL);
+            for (out, row) in hidden[token * rank..].chunks_exact_mut(rank).zip(&rows) {
+                out[first..first + width].copy_from_slice(&row[..width]);
+            }
+        }
+    }
+}

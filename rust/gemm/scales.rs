@@ -1,0 +1,91 @@
+//! The decoded absmax of a range of outputs: what one level of scales needs while blocks are decoded.
+
+use super::pack::Task;
+use super::{BLOCK_OUTPUTS, Direction, Product};
+use super::tile::SIDE;
+use crate::element::Element;
+use crate::memory::Scratch;
+use crate::simd::Kernels;
+use std::ops::Range;
+
+/// Decoded absmax may take this much per thread.
+const BYTES_PER_THREAD: usize = 2 << 20;
+
+/// Rows of W whose absmax are decoded by one task.
+const TASK_ROWS: usize = 256;
+
+/// One absmax per piece of a row of W, for the pieces that a range of outputs meets.
+pub(super) struct DecodedScales {
+    values: Scratch,
+    /// Weights per entry: 64, or 32 where blocks are or ranges end between multiples of 64.
+    pub(super) piece: usize,
+    rows: Range<usize>,
+    columns: Range<usize>,
+}
+
+/// Cut a product's outputs such that the scales of each range fit the budget.
+pub(super) fn ranges<T: Element>(product: &Product<'_, T>, threads: usize) -> Vec<Range<usize>> {
+    let outputs = product.outputs();
+    let bytes_per_output = (product.depth() * size_of::<f32>()).div_ceil(32);
+    let longest = (BYTES_PER_THREAD * threads / bytes_per_output.max(1) / BLOCK_OUTPUTS).max(1) * BLOCK_OUTPUTS;
+    (0..outputs).step_by(longest).map(|start| start..outputs.min(start + longest)).collect()
+}
+
+impl DecodedScales {
+    /// Room for the scales of some outputs that are computed in blocks of `width`; none where rows do
+    /// not start at block boundaries, since such weights are decoded elsewhere.
+    pub(super) fn new<T: Element>(product: &Product<'_, T>, outputs: Range<usize>, width: usize) -> Self {
+        let matrix = &product.matrix;
+        let (rows, columns, cut) = match product.direction {
+            Direction::Forward => (outputs, 0..matrix.columns(), 0),
+            Direction::Backward => (0..matrix.rows(), outputs, width),
+        };
+        let cuts = columns.start | columns.end | cut;
+        let piece = if matrix.block_size() >= 64 && cuts.is_multiple_of(64) { 64 } else { 32 };
+        let usable = matrix.rows_are_aligned() && (columns.start | columns.end).is_multiple_of(piece);
+        let rows = if usable { rows } else { 0..0 };
+        let count = rows.len() * (columns.len() / piece);
+        Self { values: Scratch::take(count.div_ceil(SIDE * SIDE)), piece, rows, columns }
+    }
+
+    /// What is to be decoded, as tasks for several threads.
+    pub(super) fn tasks(&mut self) -> Vec<Task<'_>> {
+        let (piece, first, columns) = (self.piece, self.rows.start, self.columns.clone());
+        let pieces = columns.len() / piece;
+        let count = self.rows.len() * pieces;
+        let chunks = self.values.as_floats_mut()[..count].chunks_mut((TASK_ROWS * pieces).max(1)).enumerate();
+        chunks
+            .map(|(i, out)| Task::Scales { row: first + i * TASK_ROWS, columns: columns.clone(), piece, out })
+            .collect()
+    }
+
+    /// Weights per absmax, and the absmax of the weights of a row in `columns`, if they are here.
+    pub(super) fn of(&self, row: usize, columns: &Range<usize>) -> Option<(usize, &[f32])> {
+        if !self.rows.contains(&row) {
+            return None;
+        }
+        let (piece, pieces) = (self.piece, self.columns.len() / self.piece);
+        let first = (row - self.rows.start) * pieces + (columns.start - self.columns.start) / piece;
+        Some((piece, &self.values.as_floats()[first..first + columns.len() / piece]))
+    }
+}
+
+/// Write the absmax of consecutive rows' pieces in `columns`.
+pub(super) fn decode<T: Element>(
+    product: &Product<'_, T>,
+    kernels: &Kernels,
+    row: usize,
+    columns: &Range<usize>,
+    piece: usize,
+    out: &mut [f32],
+) {
+    let matrix = &product.matrix;
+    let first = row * matrix.columns() + columns.start;
+    if columns.len() == matrix.columns() {
+        // Rows follow each other without a gap.
+        return matrix.decode_absmax_pieces(kernels, first, piece, out);
+    }
+    for (i, out) in out.chunks_exact_mut(columns.len() / piece).enumerate() {
+        matrix.decode_absmax_pieces(kernels, first + i * matrix.columns(), piece, out);
+    }
+}
