@@ -27,7 +27,7 @@ use crate::simd::Kernels;
 use pack::Packing;
 use scales::DecodedScales;
 use std::ops::Range;
-use tile::{BLOCK_STEPS, Block, PANEL, Packable, Tile};
+use tile::{BLOCK_STEPS, Block, MOST_STEPS, PANEL, Packable, Tile};
 
 /// Outputs of a block of decoded weights, at most.
 const BLOCK_OUTPUTS: usize = 288;
@@ -84,16 +84,40 @@ pub struct Product<'a, T> {
     pub bias: Option<&'a [T]>,
 }
 
-/// A piece of the summed dimension: at most [`BLOCK_STEPS`] steps.
-#[derive(Clone, Debug)]
+/// A piece of the summed dimension, as much as a block of decoded weights holds of it: first a piece
+/// of W's, then one of the rank. Either may be empty.
+#[derive(Clone, Debug, PartialEq)]
 struct Span {
-    low_rank: bool,
     depth: Range<usize>,
+    rank: Range<usize>,
 }
 
 impl Span {
-    fn steps<C: Packable>(&self) -> usize {
+    /// Steps of W's part.
+    fn depth_steps<C: Packable>(&self) -> usize {
         self.depth.len().div_ceil(C::STEP)
+    }
+
+    /// Steps of both.
+    fn steps<C: Packable>(&self) -> usize {
+        self.depth_steps::<C>() + self.rank.len().div_ceil(C::STEP)
+    }
+
+    /// Cut the summed dimension: whole if it is short, so that sums are stored once; else into
+    /// pieces of [`BLOCK_STEPS`]. The rank goes with the last piece if it fits.
+    fn cut<C: Packable>(depth: usize, rank: usize) -> Vec<Span> {
+        let (depth_steps, rank_steps) = (depth.div_ceil(C::STEP), rank.div_ceil(C::STEP));
+        let steps = if depth_steps + rank_steps <= MOST_STEPS { MOST_STEPS } else { BLOCK_STEPS };
+        let length = steps * C::STEP;
+        let pieces =
+            |total: usize| (0..total).step_by(length).map(move |start| start..total.min(start + length));
+        let mut spans: Vec<_> = pieces(depth).map(|depth| Span { depth, rank: 0..0 }).collect();
+        let last = spans.last_mut().filter(|last| last.steps::<C>() + rank_steps <= MOST_STEPS);
+        match last {
+            Some(last) if rank <= BLOCK_STEPS * C::STEP => last.rank = 0..rank,
+            _ => spans.extend(pieces(rank).map(|rank| Span { depth: depth..depth, rank })),
+        }
+        spans
     }
 }
 
@@ -126,7 +150,8 @@ impl<'a, T: Element> Product<'a, T> {
     #[must_use]
     pub(crate) fn factors(&self) -> Option<(Factor<'a>, Factor<'a>)> {
         let LowRank { a, b, rank, .. } = self.low_rank?;
-        let (a, b) = (Factor { values: a, columns: self.matrix.columns() }, Factor { values: b, columns: rank });
+        let (a, b) =
+            (Factor { values: a, columns: self.matrix.columns() }, Factor { values: b, columns: rank });
         Some(if self.direction == Direction::Forward { (a, b) } else { (b, a) })
     }
 
@@ -170,7 +195,7 @@ impl<'a, T: Element> Product<'a, T> {
         if out.is_empty() && hidden.is_empty() {
             return Ok(());
         }
-        let steps: usize = self.spans::<C>().iter().map(Span::steps::<C>).sum();
+        let steps: usize = Span::cut::<C>(self.depth(), rank).iter().map(Span::steps::<C>).sum();
         let panel_bytes = steps.max(1) * 2 * size_of::<Tile>();
         let panels = (BYTES_PER_THREAD * threads / panel_bytes).clamp(1, MOST_TOKENS / PANEL);
         for first in (0..self.tokens).step_by(panels * PANEL) {
@@ -193,18 +218,18 @@ impl<'a, T: Element> Product<'a, T> {
     ) {
         advise_huge_pages(out);
         let (outputs, count) = (self.outputs(), tokens.len());
-        let spans = self.spans::<C>();
+        let spans = Span::cut::<C>(self.depth(), self.rank());
         let ranges = scales::ranges(self, threads);
         let mut activations = Packing::<C>::new(&spans, count);
         let width = |range: &Range<usize>| block_width(range.len(), threads);
         let mut scales = DecodedScales::new(self, ranges[0].clone(), width(&ranges[0]));
         // One region for both: entering a team of threads costs as much as a small layer's packing.
-        let mut tasks = activations.tasks(|span| !span.low_rank);
+        let mut tasks = activations.tasks(false);
         tasks.extend(scales.tasks());
         parallel::for_each(tasks, threads, |task| self.prepare::<C>(kernels, tokens.start, task));
         if self.low_rank.is_some() {
             self.write_hidden::<C>(kernels, &activations, count, hidden, threads);
-            let tasks = activations.tasks(|span| span.low_rank);
+            let tasks = activations.tasks(true);
             parallel::for_each(tasks, threads, |task| self.pack_hidden::<C>(kernels, hidden, task));
         }
         let columns = Columns::new(out, outputs);
@@ -222,16 +247,6 @@ impl<'a, T: Element> Product<'a, T> {
         }
     }
 
-    /// The summed dimension in pieces: that of W, then that of the low-rank part.
-    fn spans<C: Packable>(&self) -> Vec<Span> {
-        let cut = |depth: usize, low_rank: bool| {
-            let length = BLOCK_STEPS * C::STEP;
-            let starts = (0..depth).step_by(length);
-            starts.map(move |start| Span { low_rank, depth: start..depth.min(start + length) })
-        };
-        cut(self.depth(), false).chain(cut(self.rank(), true)).collect()
-    }
-
     /// A block of outputs for all tokens: sums in four tiles of f32 per panel of weights and panel of
     /// tokens, then results.
     fn write_block<C: Packable>(
@@ -245,34 +260,60 @@ impl<'a, T: Element> Product<'a, T> {
     ) {
         let (panels, weight_panels) = (tokens.div_ceil(PANEL), outputs.len().div_ceil(PANEL));
         let mut sums = Scratch::take(weight_panels * panels * 4);
-        let mut weights = Scratch::take(weight_panels * BLOCK_STEPS * 2);
-        let mut scratch = vec![C::default(); (BLOCK_STEPS * C::STEP).max(2 * BLOCK_OUTPUTS)];
+        let spans = activations.spans();
+        let most_steps = spans.iter().map(Span::steps::<C>).max().unwrap_or(0);
+        let mut weights = Scratch::take(weight_panels * most_steps * 2);
+        let mut scratch = vec![C::default(); (most_steps * C::STEP).max(2 * BLOCK_OUTPUTS)];
         let Some(loops) = C::panels(kernels) else { return };
-        if activations.spans().is_empty() {
+        let mut rows = [[T::default(); PANEL]; PANEL];
+        if spans.is_empty() {
             sums.fill(Tile::ZERO);
         }
-        for (i, span) in activations.spans().iter().enumerate() {
+        for (i, span) in spans.iter().enumerate() {
             let steps = span.steps::<C>();
             let weights = &mut weights[..weight_panels * steps * 2];
             self.fill(kernels, scales, outputs.clone(), span, &mut scratch, weights);
             let block = Block {
                 weights,
                 activations: activations.span(i),
+                activation_steps: steps,
                 // After the last span, this thread's next block of outputs starts with the first.
-                next: activations.span((i + 1) % activations.spans().len()),
+                next: activations.span((i + 1) % spans.len()),
                 steps,
                 width: outputs.len(),
                 tokens,
                 start: i == 0,
                 direction: self.direction,
             };
-            (loops.multiply)(&block, &mut sums);
+            if i + 1 < spans.len() {
+                (loops.multiply)(&block, &mut sums);
+            }
         }
-        for (i, sums) in sums.as_chunks_mut::<4>().0.iter_mut().enumerate() {
-            let (weights, token) = (i / panels * PANEL, i % panels * PANEL);
-            let bias = self.bias.map(|bias| &bias[outputs.start + weights..]);
-            let size = ((outputs.len() - weights).min(PANEL), (tokens - token).min(PANEL));
-            self.store(kernels, sums, weights, token, size, bias, out);
+        // The last span goes panel by panel of weights: what becomes a result is still at hand.
+        let last = spans.len().saturating_sub(1);
+        for (panel, sums) in sums.chunks_exact_mut(panels * 4).enumerate() {
+            let first = panel * PANEL;
+            let width = (outputs.len() - first).min(PANEL);
+            if let Some(span) = spans.last() {
+                let steps = span.steps::<C>();
+                let block = Block {
+                    weights: &weights[panel * steps * 2..][..steps * 2],
+                    activations: activations.span(last),
+                    activation_steps: steps,
+                    next: &activations.span(0)[..0],
+                    steps,
+                    width,
+                    tokens,
+                    start: last == 0,
+                    direction: self.direction,
+                };
+                (loops.multiply)(&block, sums);
+            }
+            let bias = self.bias.map(|bias| &bias[outputs.start + first..]);
+            for (i, sums) in sums.as_chunks_mut::<4>().0.iter_mut().enumerate() {
+                let size = (width, (tokens - i * PANEL).min(PANEL));
+                self.store(kernels, sums, first, i * PANEL, size, bias, &mut rows, out);
+            }
         }
     }
 
@@ -286,6 +327,7 @@ impl<'a, T: Element> Product<'a, T> {
         first_token: usize,
         (width, tokens): (usize, usize),
         bias: Option<&[T]>,
+        rows: &mut [[T; PANEL]; PANEL],
         out: &mut parallel::ColumnRange<'_, T>,
     ) {
         let mut addend = [0.0; PANEL];
@@ -294,8 +336,7 @@ impl<'a, T: Element> Product<'a, T> {
                 *addend = bias.to_f32();
             }
         }
-        let mut rows = [[T::default(); PANEL]; PANEL];
-        T::finish(kernels, sums, self.direction == Direction::Forward, &addend, &mut rows);
+        T::finish(kernels, sums, self.weights_are_left(), &addend, rows);
         for (token, row) in rows[..tokens].iter().enumerate() {
             let out = out.row_mut(first_token + token, first, width);
             // A length that the compiler knows becomes a few moves instead of a call.

@@ -142,15 +142,21 @@ impl<'a> PackedMatrix<'a> {
         if piece == self.block_size {
             return self.decode_absmax(kernels, first / piece, out);
         }
-        let mut known = usize::MAX;
-        let mut value = [0.0];
-        for (i, out) in out.iter_mut().enumerate() {
-            let block = (first + i * piece) / self.block_size;
-            if block != known {
-                known = block;
-                self.decode_absmax(kernels, block, &mut value);
+        // Blocks are decoded some at a time and then repeated for each of their pieces.
+        let mut blocks = [0.0; 64];
+        let mut at = first;
+        let mut out = out;
+        while !out.is_empty() {
+            let block = at / self.block_size;
+            let count = out.len().min(((block + blocks.len()) * self.block_size - at) / piece);
+            let last = (at + count * piece - 1) / self.block_size;
+            self.decode_absmax(kernels, block, &mut blocks[..=last - block]);
+            let (head, rest) = out.split_at_mut(count);
+            for (i, out) in head.iter_mut().enumerate() {
+                *out = blocks[(at + i * piece) / self.block_size - block];
             }
-            *out = value[0];
+            at += count * piece;
+            out = rest;
         }
     }
 }

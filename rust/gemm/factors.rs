@@ -103,6 +103,7 @@ impl<T: Element> FactorGradient<'_, T> {
             let block = Block {
                 weights: right,
                 activations: left,
+                activation_steps: steps,
                 next: left,
                 steps,
                 width: columns.len(),

@@ -1,9 +1,9 @@
 //! The low-rank part's first product: activations times the factor they meet first.
 
 use super::pack::Packing;
-use super::{BLOCK_STEPS, Block, Product};
+use super::{Block, Product, Span};
 use crate::element::Element;
-use crate::gemm::tile::{PANEL, Packable};
+use crate::gemm::tile::{PANEL, Packable, Tile};
 use crate::memory::Scratch;
 use crate::parallel;
 use crate::simd::Kernels;
@@ -42,18 +42,24 @@ impl<T: Element> Product<'_, T> {
         let tokens = hidden.len() / rank;
         let (panels, rank_panels) = (tokens.div_ceil(PANEL), rank.div_ceil(PANEL));
         let mut sums = Scratch::take(rank_panels * panels * 4);
-        let mut weights = Scratch::take(rank_panels * BLOCK_STEPS * 2);
-        let longest = BLOCK_STEPS * C::STEP;
+        let most_steps = activations.spans().iter().map(Span::depth_steps::<C>).max().unwrap_or(0);
+        let mut weights = Scratch::take(rank_panels * most_steps * 2);
+        let longest = most_steps * C::STEP;
         let mut scratch = vec![C::default(); longest.max(C::PER_WORD * rank.next_multiple_of(PANEL))];
-        let spans = activations.spans().iter().enumerate().filter(|(_, span)| !span.low_rank);
+        if activations.spans().iter().all(|span| span.depth.is_empty()) {
+            sums.fill(Tile::ZERO);
+        }
+        let spans = activations.spans().iter().enumerate().filter(|(_, span)| !span.depth.is_empty());
         for (i, span) in spans {
-            let steps = span.steps::<C>();
+            let (steps, activation_steps) = (span.depth_steps::<C>(), span.steps::<C>());
             let weights = &mut weights[..rank_panels * steps * 2];
-            self.pack_factor(kernels, &factor, 0..rank, span.depth.clone(), &mut scratch, weights);
-            let activations = &activations.span(i)[first_panel * steps * 2..][..panels * steps * 2];
+            self.pack_factor(kernels, &factor, 0..rank, span.depth.clone(), 0..steps, &mut scratch, weights);
+            let activations =
+                &activations.span(i)[first_panel * activation_steps * 2..][..panels * activation_steps * 2];
             let block = Block {
                 weights,
                 activations,
+                activation_steps,
                 next: activations,
                 steps,
                 width: rank,

@@ -2,7 +2,7 @@
 
 use super::scales::{self, DecodedScales};
 use super::tile::{self, PANEL, Packable, SIDE, Tile};
-use super::{BLOCK_OUTPUTS, BLOCK_STEPS, Direction, Factor, Product, Span};
+use super::{BLOCK_OUTPUTS, Direction, Factor, MOST_STEPS, Product, Span};
 use crate::dequantize::dequantize_run;
 use crate::element::Element;
 use crate::memory::Scratch;
@@ -12,9 +12,9 @@ use std::marker::PhantomData;
 use std::ops::Range;
 
 /// Weights of a row that are decoded at a time, at most.
-const LONGEST_RUN: usize = 288;
+const LONGEST_RUN: usize = 640;
 const _: () = assert!(
-    BLOCK_OUTPUTS <= LONGEST_RUN && BLOCK_STEPS * bf16::STEP <= LONGEST_RUN,
+    BLOCK_OUTPUTS <= LONGEST_RUN && MOST_STEPS * bf16::STEP <= LONGEST_RUN,
     "a run is as long as a block is wide or deep"
 );
 
@@ -37,7 +37,7 @@ pub(super) struct Packing<'a, C> {
 
 /// Something to prepare before blocks can be multiplied.
 pub(super) enum Task<'a> {
-    /// Panels of a span of activations.
+    /// Some panels of a span of activations: W's part of it, or that of the rank.
     Pack { span: &'a Span, first_token: usize, tokens: usize, tiles: &'a mut [Tile] },
     /// The absmax of rows of W from `row` on.
     Scales { row: usize, columns: Range<usize>, piece: usize, out: &'a mut [f32] },
@@ -61,15 +61,15 @@ impl<'a, C: Packable> Packing<'a, C> {
         &self.tiles[self.panels * before * 2..][..self.panels * self.spans[i].steps::<C>() * 2]
     }
 
-    /// The spans for which `wanted` says so, as tasks for several threads.
-    pub(super) fn tasks(&mut self, wanted: impl Fn(&Span) -> bool) -> Vec<Task<'_>> {
+    /// W's part of all spans, or that of the rank, as tasks for several threads.
+    pub(super) fn tasks(&mut self, rank: bool) -> Vec<Task<'_>> {
         let mut tasks = Vec::new();
         let mut rest = &mut self.tiles[..];
         for span in self.spans {
             let tiles = span.steps::<C>() * 2;
             let (part, after) = std::mem::take(&mut rest).split_at_mut(self.panels * tiles);
             rest = after;
-            if wanted(span) {
+            if !(if rank { &span.rank } else { &span.depth }).is_empty() {
                 for (i, tiles) in part.chunks_mut(TASK_PANELS * tiles).enumerate() {
                     let first_token = i * TASK_PANELS * PANEL;
                     let tokens = (self.tokens - first_token).min(TASK_PANELS * PANEL);
@@ -93,7 +93,8 @@ impl<T: Element> Product<'_, T> {
             Task::Pack { span, first_token, tokens, tiles } => {
                 let depth = self.depth();
                 let rows = &self.activations[(first + first_token) * depth..][..tokens * depth];
-                self.pack_rows::<C>(kernels, rows, span, tiles);
+                let steps = 0..span.depth_steps::<C>();
+                self.pack_rows::<C>(kernels, rows, depth, &span.depth, steps, span.steps::<C>(), tiles);
             }
             Task::Scales { row, columns, piece, out } => {
                 scales::decode(self, kernels, row, &columns, piece, out);
@@ -105,22 +106,33 @@ impl<T: Element> Product<'_, T> {
     pub(super) fn pack_hidden<C: Packable>(&self, kernels: &Kernels, hidden: &[T], task: Task<'_>) {
         if let Task::Pack { span, first_token, tokens, tiles } = task {
             let rank = self.rank();
-            self.pack_rows::<C>(kernels, &hidden[first_token * rank..][..tokens * rank], span, tiles);
+            let rows = &hidden[first_token * rank..][..tokens * rank];
+            let steps = span.depth_steps::<C>()..span.steps::<C>();
+            self.pack_rows::<C>(kernels, rows, rank, &span.rank, steps, span.steps::<C>(), tiles);
         }
     }
 
-    /// A span of some rows of activations, in the form that their side of the microkernel reads.
-    fn pack_rows<C: Packable>(&self, kernels: &Kernels, rows: &[T], span: &Span, tiles: &mut [Tile]) {
-        let width = if span.low_rank { self.rank() } else { self.depth() };
-        let steps = span.steps::<C>();
+    /// Columns `piece` of rows of `width` values → steps `steps` of panels of `panel_steps` steps, in
+    /// the form that the activations' side of the microkernel reads.
+    fn pack_rows<C: Packable>(
+        &self,
+        kernels: &Kernels,
+        rows: &[T],
+        width: usize,
+        piece: &Range<usize>,
+        steps: Range<usize>,
+        panel_steps: usize,
+        tiles: &mut [Tile],
+    ) {
         let mut scratch = [C::default(); LONGEST_RUN];
-        for (token, row) in rows.chunks_exact(width).enumerate() {
-            let values = C::cast(kernels, &row[span.depth.clone()], &mut scratch);
-            tile::put_row(values, token % PANEL, &mut tiles[token / PANEL * steps * 2..][..steps * 2]);
-        }
-        if self.weights_are_left() {
-            for tile in tiles {
-                (kernels.transpose)(tile);
+        let panels = tiles.chunks_exact_mut(panel_steps * 2);
+        for (panel, rows) in panels.zip(rows.chunks(PANEL * width)) {
+            let tiles = &mut panel[steps.start * 2..steps.end * 2];
+            for (token, row) in rows.chunks_exact(width).enumerate() {
+                tile::put_row(C::cast(kernels, &row[piece.clone()], &mut scratch), token, tiles);
+            }
+            if self.weights_are_left() {
+                tiles.iter_mut().for_each(|tile| (kernels.transpose)(tile));
             }
         }
     }
@@ -135,15 +147,26 @@ impl<T: Element> Product<'_, T> {
         scratch: &mut [C],
         panels: &mut [Tile],
     ) {
-        if let (true, Some((_, factor))) = (span.low_rank, self.factors()) {
-            // The other factor: its summed dimension is the rank.
-            self.pack_factor(kernels, &factor, outputs, span.depth.clone(), scratch, panels);
-        } else if !self.decode::<C>(kernels, scales, &outputs, &span.depth, panels) {
+        let (depth_steps, steps) = (span.depth_steps::<C>(), span.steps::<C>());
+        if !span.depth.is_empty() && !self.decode::<C>(kernels, scales, &outputs, span, panels) {
             let columns = self.matrix.columns();
             let fill = |row: usize, first: usize, out: &mut [C]| {
                 dequantize_run(kernels, &self.matrix, row * columns + first, out);
             };
-            self.fill_panels(outputs, span.depth.clone(), scratch, panels, kernels, fill);
+            let to = (0..depth_steps, steps);
+            self.fill_panels(&outputs, span.depth.clone(), to, scratch, panels, kernels, fill);
+        }
+        if let Some((_, factor)) = self.factors().filter(|_| !span.rank.is_empty()) {
+            // The other factor: its summed dimension is the rank.
+            self.pack_factor(
+                kernels,
+                &factor,
+                outputs,
+                span.rank.clone(),
+                depth_steps..steps,
+                scratch,
+                panels,
+            );
         }
     }
 
@@ -153,17 +176,17 @@ impl<T: Element> Product<'_, T> {
         kernels: &Kernels,
         scales: &DecodedScales,
         outputs: &Range<usize>,
-        depth: &Range<usize>,
+        span: &Span,
         panels: &mut [Tile],
     ) -> bool {
+        let depth = &span.depth;
         let Some((left, right)) = C::panels(kernels).and_then(|loops| loops.decode) else { return false };
         let (rows, run) = if self.weights_are_left() { (outputs, depth) } else { (depth, outputs) };
         let Some((piece, _)) = scales.of(rows.start, run) else { return false };
-        let steps = depth.len().div_ceil(C::STEP);
+        let (depth_steps, steps) = (span.depth_steps::<C>(), span.steps::<C>());
         let columns = self.matrix.columns();
-        let codes_of = |row: usize, first: usize| {
-            &self.matrix.codes()[(row * columns + first) / 2..][..run.len() / 2]
-        };
+        let codes_of =
+            |row: usize, first: usize| &self.matrix.codes()[(row * columns + first) / 2..][..run.len() / 2];
         // What is decoded next: the next span of the same rows, or the same columns of later rows.
         let ahead = |row: usize| match self.direction {
             Direction::Forward if run.end + run.len() <= columns => Some(codes_of(row, run.end)),
@@ -186,12 +209,12 @@ impl<T: Element> Product<'_, T> {
         };
         if self.weights_are_left() {
             for (i, row) in rows.clone().enumerate() {
-                left(&run_of(row), i % PANEL, &mut panels[i / PANEL * steps * 2..][..steps * 2]);
+                left(&run_of(row), i % PANEL, &mut panels[i / PANEL * steps * 2..][..depth_steps * 2]);
             }
         } else {
             // A word's worth of rows at a time: one of f32, two of bf16. Words past the last row
             // must hold zeros.
-            for word in 0..steps * SIDE {
+            for word in 0..depth_steps * SIDE {
                 let row = rows.start + word * C::PER_WORD;
                 right(&[run_of(row), run_of(row + 1)][..C::PER_WORD], word, steps, panels);
             }
@@ -199,36 +222,40 @@ impl<T: Element> Product<'_, T> {
         true
     }
 
-    /// A factor of the low-rank part, which is dense.
+    /// A factor of the low-rank part, which is dense, to steps `steps` of panels.
     pub(super) fn pack_factor<C: Packable>(
         &self,
         kernels: &Kernels,
         factor: &Factor<'_>,
         outputs: Range<usize>,
         depth: Range<usize>,
+        steps: Range<usize>,
         scratch: &mut [C],
         panels: &mut [Tile],
     ) {
         let fill = |row: usize, first: usize, out: &mut [C]| {
             C::read(kernels, &factor.values, row * factor.columns + first, out);
         };
-        self.fill_panels(outputs, depth, scratch, panels, kernels, fill);
+        let panel_steps = panels.len() / 2 / outputs.len().div_ceil(PANEL).max(1);
+        self.fill_panels(&outputs, depth, (steps, panel_steps), scratch, panels, kernels, fill);
     }
 
-    /// `fill(row, first column, out)` reads a run of a row of W (or of a factor in its place).
+    /// `fill(row, first column, out)` reads a run of a row of W (or of a factor in its place). Writes
+    /// the given steps of panels of `panel_steps` steps.
     fn fill_panels<C: Packable>(
         &self,
-        outputs: Range<usize>,
+        outputs: &Range<usize>,
         depth: Range<usize>,
+        (steps, panel_steps): (Range<usize>, usize),
         scratch: &mut [C],
         panels: &mut [Tile],
         kernels: &Kernels,
         fill: impl Fn(usize, usize, &mut [C]),
     ) {
-        let (width, steps) = (outputs.len(), depth.len().div_ceil(C::STEP));
+        let width = outputs.len();
         let padded = width.next_multiple_of(PANEL);
         if self.weights_are_left() {
-            let run = &mut scratch[..steps * C::STEP];
+            let run = &mut scratch[..steps.len() * C::STEP];
             run.fill(C::default());
             for i in 0..padded {
                 if i < width {
@@ -236,12 +263,13 @@ impl<T: Element> Product<'_, T> {
                 } else if i == width {
                     run.fill(C::default());
                 }
-                tile::put_row(run, i % PANEL, &mut panels[i / PANEL * steps * 2..][..steps * 2]);
+                let panel = &mut panels[i / PANEL * panel_steps * 2..][..panel_steps * 2];
+                tile::put_row(run, i % PANEL, &mut panel[steps.start * 2..steps.end * 2]);
             }
         } else {
             let group = &mut scratch[..C::PER_WORD * padded];
             group.fill(C::default());
-            for word in 0..steps * SIDE {
+            for word in 0..steps.len() * SIDE {
                 for (j, run) in group.chunks_exact_mut(padded).enumerate() {
                     let row = depth.start + word * C::PER_WORD + j;
                     if row < depth.end {
@@ -250,7 +278,7 @@ impl<T: Element> Product<'_, T> {
                         run.fill(C::default());
                     }
                 }
-                C::put_group(kernels, group, word, steps, panels);
+                C::put_group(kernels, group, steps.start * SIDE + word, panel_steps, panels);
             }
         }
     }

@@ -1,8 +1,8 @@
 //! The decoded absmax of a range of outputs: what one level of scales needs while blocks are decoded.
 
 use super::pack::Task;
-use super::{BLOCK_OUTPUTS, Direction, Product};
 use super::tile::SIDE;
+use super::{BLOCK_OUTPUTS, Direction, Product};
 use crate::element::Element;
 use crate::memory::Scratch;
 use crate::simd::Kernels;
@@ -27,7 +27,8 @@ pub(super) struct DecodedScales {
 pub(super) fn ranges<T: Element>(product: &Product<'_, T>, threads: usize) -> Vec<Range<usize>> {
     let outputs = product.outputs();
     let bytes_per_output = (product.depth() * size_of::<f32>()).div_ceil(32);
-    let longest = (BYTES_PER_THREAD * threads / bytes_per_output.max(1) / BLOCK_OUTPUTS).max(1) * BLOCK_OUTPUTS;
+    let longest =
+        (BYTES_PER_THREAD * threads / bytes_per_output.max(1) / BLOCK_OUTPUTS).max(1) * BLOCK_OUTPUTS;
     (0..outputs).step_by(longest).map(|start| start..outputs.min(start + longest)).collect()
 }
 

@@ -49,8 +49,10 @@ impl Tile {
 pub struct Block<'a> {
     /// Panels of weights, `steps` steps each.
     pub weights: &'a [Tile],
-    /// Panels of activations, `steps` steps each.
+    /// Panels of activations, of whose `activation_steps` steps each the first `steps` count.
     pub activations: &'a [Tile],
+    /// Steps from one panel of activations to the next.
+    pub activation_steps: usize,
     /// The activations that the next block will read, to be brought nearer meanwhile.
     pub next: &'a [Tile],
     /// Steps of the summed dimension.
@@ -80,7 +82,8 @@ impl Block<'_> {
         let mut sums = sums.as_chunks_mut::<4>().0.iter_mut();
         for (i, weights) in self.weights.chunks_exact(self.steps * 2).enumerate() {
             let width = (self.width - i * PANEL).min(PANEL);
-            let panels = self.activations.chunks_exact(self.steps * 2).enumerate();
+            let panels = self.activations.chunks_exact(self.activation_steps * 2);
+            let panels = panels.map(|panel| &panel[..self.steps * 2]).enumerate();
             for ((panel, activations), sums) in panels.zip(&mut sums) {
                 let tokens = (self.tokens - panel * PANEL).min(PANEL);
                 match self.direction {
@@ -111,6 +114,9 @@ pub trait Packable: Element {
 /// Steps of the summed dimension in a block: both panels of a block must fit a first-level cache of
 /// 48 KiB together, for AMX consumes a step in 64 cycles, and only that cache brings it that fast.
 pub const BLOCK_STEPS: usize = 8;
+
+/// As many steps still leave that cache room to stream the other operand through.
+pub const MOST_STEPS: usize = 20;
 
 impl Packable for f32 {
     const PER_WORD: usize = 1;

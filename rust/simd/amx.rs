@@ -33,9 +33,7 @@ static KERNELS: Kernels = Kernels {
 /// The table, if this CPU has AMX with bf16 and the system lets this process use it.
 pub(super) fn detect() -> Option<&'static Kernels> {
     static FOUND: OnceLock<bool> = OnceLock::new();
-    let found = *FOUND.get_or_init(|| {
-        avx512::detect_bf16().is_some() && has_amx() && request_permission()
-    });
+    let found = *FOUND.get_or_init(|| avx512::detect_bf16().is_some() && has_amx() && request_permission());
     found.then_some(&KERNELS)
 }
 

@@ -106,7 +106,8 @@ pub(super) fn left_bf16(run: &Run<'_>, row: usize, tiles: &mut [Tile]) {
 /// The same for f32: steps of 16 weights.
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq")]
 pub(super) fn left_f32(run: &Run<'_>, row: usize, tiles: &mut [Tile]) {
-    let (half, row, levels, spread) = (row / SIDE, row % SIDE, levels(), SPREAD_F32.each_ref().map(|s| load(s)));
+    let (half, row, levels, spread) =
+        (row / SIDE, row % SIDE, levels(), SPREAD_F32.each_ref().map(|s| load(s)));
     let mut steps = tiles.as_chunks_mut::<4>().0.iter_mut();
     for (codes, &absmax) in run.codes.chunks_exact(run.block_size / 2).zip(run.absmax) {
         let table = _mm512_mul_ps(levels, _mm512_set1_ps(absmax));
