@@ -11,7 +11,8 @@ use pyo3::prelude::*;
 mod extension {
     #[pymodule_export]
     use super::functions::{
-        cpu_path, cpu_paths, dequantize, double_quantize, dynamic_map, levels, multiply, quantize,
+        cpu_path, cpu_paths, cross_entropy, dequantize, double_quantize, dynamic_map, levels, multiply,
+        quantize,
     };
 
     use super::{Bound, PyModule, PyResult, exceptions};

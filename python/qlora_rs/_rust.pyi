@@ -11,6 +11,7 @@ __all__ = [
     "__version__",
     "cpu_path",
     "cpu_paths",
+    "cross_entropy",
     "dequantize",
     "double_quantize",
     "dynamic_map",
@@ -56,5 +57,13 @@ def multiply(
     low_rank: tuple[_Capsule, _Capsule, int] | None,
     bias: _Capsule | None,
     out: _Capsule,
+    threads: int,
+) -> None: ...
+def cross_entropy(
+    logits: _Capsule,
+    vocabulary: int,
+    targets: _Capsule,
+    losses: _Capsule,
+    gradient: bool,
     threads: int,
 ) -> None: ...
