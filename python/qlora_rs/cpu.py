@@ -81,10 +81,12 @@ def _multiply(
     packed: Packed,
     low_rank: tuple[Tensor, Tensor] | None = None,
     bias: Tensor | None = None,
+    out: Tensor | None = None,
 ) -> Tensor:
     """activations times Wᵀ (or W, backward), plus hidden times factor, plus bias."""
     features = packed.in_features if backward else packed.out_features
-    out = torch.empty((activations.shape[0], features), dtype=activations.dtype)
+    if out is None:
+        out = torch.empty((activations.shape[0], features), dtype=activations.dtype)
     if activations.dtype == torch.float64:
         return _multiply_float64(backward, activations, packed, low_rank, bias, out)
     if low_rank is not None:
@@ -133,14 +135,14 @@ def _multiply_float64(
     return out if bias is None else out.add_(bias)
 
 
-def linear(x: Tensor, packed: Packed, bias: Tensor | None) -> Tensor:
-    """y [tokens, out] = x [tokens, in] Wᵀ + bias."""
-    return _multiply(False, x, packed, bias=bias)
+def linear(x: Tensor, packed: Packed, bias: Tensor | None, out: Tensor | None = None) -> Tensor:
+    """y [tokens, out] = x [tokens, in] Wᵀ + bias, in `out` if given."""
+    return _multiply(False, x, packed, bias=bias, out=out)
 
 
-def linear_backward(grad: Tensor, packed: Packed) -> Tensor:
+def linear_backward(grad: Tensor, packed: Packed, out: Tensor | None = None) -> Tensor:
     """dX [tokens, in] = dY [tokens, out] W, from the same bytes: no transposed copy."""
-    return _multiply(True, grad, packed)
+    return _multiply(True, grad, packed, out=out)
 
 
 def lora_linear(
@@ -162,3 +164,29 @@ def lora_linear_backward(
     # x Aᵀ is computed again rather than kept: r / out_features of the product's work.
     grad_b = (grad.t() @ (x @ a.t())).mul_(scaling)
     return grad_x, grad_a.to(lora_a.dtype), grad_b.to(lora_b.dtype)
+
+
+def cross_entropy(logits: Tensor, targets: Tensor, losses: Tensor, gradient: bool) -> None:
+    """Write the loss of each row of logits, and its gradient over the logits if asked to.
+
+    logits: [tokens, vocabulary]; targets: [tokens], int64, in range; losses: [tokens], float32
+    (float64 with float64 logits).
+    """
+    if logits.dtype == torch.float64:
+        return _cross_entropy_float64(logits, targets, losses, gradient)
+    return _rust.cross_entropy(
+        to_dlpack(logits),
+        logits.shape[1],
+        to_dlpack(targets),
+        to_dlpack(losses),
+        gradient,
+        torch.get_num_threads(),
+    )
+
+
+def _cross_entropy_float64(logits: Tensor, targets: Tensor, losses: Tensor, gradient: bool) -> None:
+    normalizer, targets = logits.logsumexp(1, keepdim=True), targets[:, None]
+    losses.copy_((normalizer - logits.gather(1, targets)).squeeze(1))
+    if gradient:
+        logits.sub_(normalizer).exp_()
+        logits.scatter_add_(1, targets, -torch.ones_like(normalizer))
