@@ -23,6 +23,8 @@ pub trait Element: Copy + Default + Send + Sync + 'static {
     }
     /// Convert a run of values to f32.
     fn widen(kernels: &Kernels, values: &[Self], out: &mut [f32]);
+    /// Round a run of f32 to this type, to nearest, ties to even.
+    fn narrow(kernels: &Kernels, values: &[f32], out: &mut [Self]);
     /// Decode whole blocks: see [`Kernels::dequantize_f32`].
     fn dequantize_blocks(
         kernels: &Kernels,
@@ -109,6 +111,9 @@ impl Element for f32 {
     fn widen(_: &Kernels, values: &[Self], out: &mut [f32]) {
         out.copy_from_slice(values);
     }
+    fn narrow(_: &Kernels, values: &[f32], out: &mut [Self]) {
+        out.copy_from_slice(values);
+    }
     fn dequantize_blocks(k: &Kernels, codes: &[u8], absmax: &[f32], block_size: usize, out: &mut [Self]) {
         (k.dequantize_f32)(codes, absmax, block_size, out);
     }
@@ -132,6 +137,9 @@ impl Element for f16 {
     }
     fn widen(kernels: &Kernels, values: &[Self], out: &mut [f32]) {
         (kernels.widen_f16)(values, out);
+    }
+    fn narrow(kernels: &Kernels, values: &[f32], out: &mut [Self]) {
+        (kernels.narrow_f16)(values, out);
     }
     fn dequantize_blocks(k: &Kernels, codes: &[u8], absmax: &[f32], block_size: usize, out: &mut [Self]) {
         (k.dequantize_f16)(codes, absmax, block_size, out);
@@ -161,6 +169,9 @@ impl Element for bf16 {
     }
     fn widen(kernels: &Kernels, values: &[Self], out: &mut [f32]) {
         (kernels.widen_bf16)(values, out);
+    }
+    fn narrow(kernels: &Kernels, values: &[f32], out: &mut [Self]) {
+        (kernels.narrow_bf16)(values, out);
     }
     fn dequantize_blocks(k: &Kernels, codes: &[u8], absmax: &[f32], block_size: usize, out: &mut [Self]) {
         (k.dequantize_bf16)(codes, absmax, block_size, out);

@@ -66,6 +66,16 @@ pub enum Error {
         /// Index of the first such value.
         first: usize,
     },
+    /// A target names a class that does not exist.
+    #[error("target {row} is {target}, but a vocabulary of {vocabulary} has classes 0 to {vocabulary} - 1")]
+    Target {
+        /// Which row.
+        row: usize,
+        /// Its target.
+        target: i64,
+        /// Logits per row.
+        vocabulary: usize,
+    },
     /// A forced CPU path needs instructions that this CPU lacks.
     #[error(
         "QLORA_RS_CPU={requested} asks for a path this CPU cannot run; it has: {available} (unset QLORA_RS_CPU to take the fastest)"

@@ -5,6 +5,7 @@
 //! computed straight from it. No operation holds a whole dequantized matrix.
 
 pub mod codebook;
+pub mod cross_entropy;
 pub mod dequantize;
 pub mod double_quantize;
 pub mod element;

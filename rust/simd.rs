@@ -20,6 +20,7 @@ mod avx512_gemm;
 #[cfg(target_arch = "x86_64")]
 mod avx512_linear;
 pub mod portable;
+mod softmax;
 
 use crate::error::Error;
 use crate::gemm::tile::{MultiplyBlock, PANEL, Tile};
@@ -62,6 +63,15 @@ pub struct Kernels {
     pub widen_f16: fn(&[f16], &mut [f32]),
     /// bf16 → f32, exact; both slices have the same length.
     pub widen_bf16: fn(&[bf16], &mut [f32]),
+    /// f32 → f16, to nearest, ties to even; both slices have the same length.
+    pub narrow_f16: fn(&[f32], &mut [f16]),
+    /// f32 → bf16, to nearest, ties to even; both slices have the same length.
+    pub narrow_bf16: fn(&[f32], &mut [bf16]),
+    /// The largest value; NaN counts for nothing, and so does an empty run: minus infinity.
+    pub largest: fn(&[f32]) -> f32,
+    /// `value = exp(value - shift) * scale` for each, where no value is above `shift`; returns the
+    /// sum of the results. NaN stays NaN.
+    pub exponentials: fn(values: &mut [f32], shift: f32, scale: f32) -> f64,
     /// Whole blocks of weights → two codes per byte and one absmax per block. A block that holds a
     /// NaN or an infinity gets an absmax that is not finite.
     pub quantize_blocks: fn(weights: &[f32], block_size: usize, codes: &mut [u8], absmax: &mut [f32]),

@@ -45,7 +45,16 @@ def test_a_public_name_exists_and_is_documented(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["linear", "lora_linear", "quantize", "quantize_model", "add_lora"]
+    "name",
+    [
+        "linear",
+        "lora_linear",
+        "quantize",
+        "quantize_model",
+        "add_lora",
+        "linear_cross_entropy",
+        "fuse_loss",
+    ],
 )
 def test_a_public_function_shows_an_example(name: str) -> None:
     assert ">>> " in getattr(qlora_rs, name).__doc__

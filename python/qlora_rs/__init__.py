@@ -11,7 +11,9 @@ from qlora_rs._rust import __version__
 from qlora_rs.adapter_io import load_adapter, save_adapter
 from qlora_rs.errors import QloraError
 from qlora_rs.functional import linear, lora_linear
+from qlora_rs.fusion import fuse_loss, unfuse_loss
 from qlora_rs.layers import NF4Linear, QLoRALinear
+from qlora_rs.loss import linear_cross_entropy
 from qlora_rs.model import (
     add_lora,
     disable_adapter,
@@ -31,7 +33,9 @@ __all__ = [
     "add_lora",
     "disable_adapter",
     "enable_adapter",
+    "fuse_loss",
     "linear",
+    "linear_cross_entropy",
     "load_adapter",
     "lora_linear",
     "quantize",
@@ -39,4 +43,5 @@ __all__ = [
     "remove_lora",
     "save_adapter",
     "trainable_parameters",
+    "unfuse_loss",
 ]

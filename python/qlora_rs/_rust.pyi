@@ -11,6 +11,7 @@ __all__ = [
     "__version__",
     "cpu_path",
     "cpu_paths",
+    "cross_entropy",
     "dequantize",
     "double_quantize",
     "dynamic_map",
@@ -67,5 +68,13 @@ def factor_gradient(
     width: int,
     transposed: bool,
     out: _Capsule,
+    threads: int,
+) -> None: ...
+def cross_entropy(
+    logits: _Capsule,
+    vocabulary: int,
+    targets: _Capsule,
+    losses: _Capsule,
+    gradient: bool,
     threads: int,
 ) -> None: ...

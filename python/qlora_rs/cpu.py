@@ -94,14 +94,17 @@ def _multiply(
     packed: Packed,
     low_rank: LowRank | None = None,
     bias: Tensor | None = None,
+    out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """activations times Wᵀ (or W, backward) plus the low-rank part plus bias.
 
-    Also returns the bottleneck's activations [rows, r], scaling included; empty without an adapter.
+    Also returns the bottleneck's activations [rows, r], scaling included; of no meaning without an
+    adapter.
     """
     features = packed.in_features if backward else packed.out_features
     rows, dtype = activations.shape[0], activations.dtype
-    out = torch.empty((rows, features), dtype=dtype)
+    if out is None:
+        out = torch.empty((rows, features), dtype=dtype)
     if dtype == torch.float64:
         return _multiply_float64(backward, activations, packed, low_rank, bias, out)
     if low_rank is None:
@@ -162,14 +165,14 @@ def _multiply_float64(
     return (out if bias is None else out.add_(bias)), hidden
 
 
-def linear(x: Tensor, packed: Packed, bias: Tensor | None) -> Tensor:
-    """y [rows, out] = x [rows, in] Wᵀ + bias."""
-    return _multiply(False, x, packed, bias=bias)[0]
+def linear(x: Tensor, packed: Packed, bias: Tensor | None, out: Tensor | None = None) -> Tensor:
+    """y [rows, out] = x [rows, in] Wᵀ + bias, in `out` if given."""
+    return _multiply(False, x, packed, bias=bias, out=out)[0]
 
 
-def linear_backward(grad: Tensor, packed: Packed) -> Tensor:
+def linear_backward(grad: Tensor, packed: Packed, out: Tensor | None = None) -> Tensor:
     """dX [rows, in] = dY [rows, out] W, from the same bytes: no transposed copy."""
-    return _multiply(True, grad, packed)[0]
+    return _multiply(True, grad, packed, out=out)[0]
 
 
 def lora_linear(
@@ -213,3 +216,29 @@ def _factor_gradient(left: Tensor, right: Tensor, factor: Tensor, transposed: bo
         torch.get_num_threads(),
     )
     return out
+
+
+def cross_entropy(logits: Tensor, targets: Tensor, losses: Tensor, gradient: bool) -> None:
+    """Write the loss of each row of logits, and its gradient over the logits if asked to.
+
+    logits: [tokens, vocabulary]; targets: [tokens], int64, in range; losses: [tokens], float32
+    (float64 with float64 logits).
+    """
+    if logits.dtype == torch.float64:
+        return _cross_entropy_float64(logits, targets, losses, gradient)
+    return _rust.cross_entropy(
+        to_dlpack(logits),
+        logits.shape[1],
+        to_dlpack(targets),
+        to_dlpack(losses),
+        gradient,
+        torch.get_num_threads(),
+    )
+
+
+def _cross_entropy_float64(logits: Tensor, targets: Tensor, losses: Tensor, gradient: bool) -> None:
+    normalizer, targets = logits.logsumexp(1, keepdim=True), targets[:, None]
+    losses.copy_((normalizer - logits.gather(1, targets)).squeeze(1))
+    if gradient:
+        logits.sub_(normalizer).exp_()
+        logits.scatter_add_(1, targets, -torch.ones_like(normalizer))

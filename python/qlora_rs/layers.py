@@ -104,7 +104,7 @@ class NF4Linear(nn.Linear):
         statistics = (self.absmax, self.nested_absmax, self.nested_offset, self.nested_map)
         return (self.weight, *statistics, self.out_features, self.in_features, self.block_size)
 
-    def _inputs(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+    def inputs(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """x and bias in the dtype to compute in."""
         dtype = self.compute_dtype or x.dtype
         if _autocast(x):
@@ -114,7 +114,7 @@ class NF4Linear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """x: [..., in] → [..., out] in x's dtype (autocast's, where that is on)."""
-        inputs, bias = self._inputs(x)
+        inputs, bias = self.inputs(x)
         return self._outputs(autograd.linear(inputs, *self._arguments(), bias), x)
 
     @staticmethod
@@ -243,7 +243,7 @@ class QLoRALinear(NF4Linear):
         """x: [..., in] → [..., out] in x's dtype (autocast's, where that is on)."""
         if not self.adapter_enabled:
             return super().forward(x)
-        inputs, bias = self._inputs(x)
+        inputs, bias = self.inputs(x)
         if self.training and self.dropout > 0.0:
             base = autograd.linear(inputs, *self._arguments(), bias)
             dropped = nn.functional.dropout(inputs, self.dropout)

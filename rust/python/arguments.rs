@@ -46,6 +46,9 @@ pub(super) trait Scalar: Copy + 'static {
 impl Scalar for u8 {
     const ELEMENT: (u8, u8) = INTEGER;
 }
+impl Scalar for i64 {
+    const ELEMENT: (u8, u8) = (0, 64);
+}
 impl Scalar for f32 {
     const ELEMENT: (u8, u8) = (2, 32);
 }

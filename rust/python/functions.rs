@@ -7,7 +7,9 @@ use crate::gemm::factors::FactorGradient;
 use crate::gemm::{Direction, LowRank, Product};
 use crate::matmul;
 use crate::packed_matrix::{PackedMatrix, Scales};
-use crate::{dequantize as decode, double_quantize as nested, quantize as encode, simd};
+use crate::{
+    cross_entropy as loss, dequantize as decode, double_quantize as nested, quantize as encode, simd,
+};
 use half::{bf16, f16};
 use pyo3::prelude::*;
 use pyo3::types::PyCapsule;
@@ -306,5 +308,38 @@ impl<'py> LowRankOperands<'py> {
             scaling,
             hidden: Argument::new("hidden", &hidden)?,
         })
+    }
+}
+
+/// Cross-entropy of each row of `logits` into `losses`; with `gradient`, the logits become its gradient.
+#[pyfunction]
+pub fn cross_entropy(
+    py: Python<'_>,
+    logits: &Capsule<'_>,
+    vocabulary: usize,
+    targets: &Capsule<'_>,
+    losses: &Capsule<'_>,
+    gradient: bool,
+    threads: usize,
+) -> PyResult<()> {
+    let logits = Argument::new("logits", logits)?;
+    let targets = Argument::new("targets", targets)?;
+    let losses = Argument::new("losses", losses)?;
+    return for_element!(logits, run(py, logits, vocabulary, &targets, losses, gradient, threads));
+
+    fn run<T: Element + Scalar>(
+        py: Python<'_>,
+        mut logits: Argument<'_>,
+        vocabulary: usize,
+        targets: &Argument<'_>,
+        mut losses: Argument<'_>,
+        gradient: bool,
+        threads: usize,
+    ) -> PyResult<()> {
+        let kernels = simd::kernels()?;
+        let (logits, targets, losses) = (logits.slice_mut::<T>()?, targets.slice()?, losses.slice_mut()?);
+        Ok(py.detach(|| {
+            loss::cross_entropy(kernels, logits, vocabulary, targets, losses, gradient, threads)
+        })?)
     }
 }

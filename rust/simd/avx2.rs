@@ -3,7 +3,7 @@
 //! All functions here are reached through [`KERNELS`] alone, and [`detect`] hands that table out
 //! only where the CPU has the features: that is the argument of every `unsafe` call below.
 
-use super::{Kernels, PREPARED_MULTIPLE, PanelKernels, Strip, avx2_gemm, portable};
+use super::{Kernels, PREPARED_MULTIPLE, PanelKernels, Strip, avx2_gemm, portable, softmax};
 use crate::codebook::{BOUNDARIES, LEVELS};
 use crate::quantize::SMALLEST_ABSMAX;
 use half::{bf16, f16};
@@ -15,6 +15,14 @@ static KERNELS: Kernels = Kernels {
     widen_f16: |values, out| unsafe { widen_f16(values, out) },
     // SAFETY: as above.
     widen_bf16: |values, out| unsafe { widen_bf16(values, out) },
+    // SAFETY: as above.
+    narrow_f16: |values, out| unsafe { narrow_f16(values, out) },
+    // SAFETY: as above.
+    narrow_bf16: |values, out| unsafe { narrow_bf16(values, out) },
+    // SAFETY: as above.
+    largest: |values| unsafe { largest(values) },
+    // SAFETY: as above.
+    exponentials: |values, shift, scale| unsafe { exponentials(values, shift, scale) },
     // SAFETY: as above.
     quantize_blocks: |w, block_size, codes, absmax| unsafe { quantize_blocks(w, block_size, codes, absmax) },
     // SAFETY: as above.
@@ -74,6 +82,35 @@ fn widen_bf16(values: &[bf16], out: &mut [f32]) {
     for (value, out) in values.iter().zip(out) {
         *out = f32::from_bits(u32::from(value.to_bits()) << 16);
     }
+}
+
+#[target_feature(enable = "avx2,f16c")]
+fn narrow_f16(values: &[f32], out: &mut [f16]) {
+    let (values, values_tail) = values.as_chunks::<8>();
+    let (out, out_tail) = out.as_chunks_mut::<8>();
+    for (values, out) in values.iter().zip(out) {
+        // SAFETY: both arrays hold exactly the 8 values that are read and written.
+        unsafe {
+            let narrow = _mm256_cvtps_ph::<_MM_FROUND_TO_NEAREST_INT>(_mm256_loadu_ps(values.as_ptr()));
+            _mm_storeu_si128(out.as_mut_ptr().cast(), narrow);
+        };
+    }
+    (portable::KERNELS.narrow_f16)(values_tail, out_tail);
+}
+
+#[target_feature(enable = "avx2")]
+fn narrow_bf16(values: &[f32], out: &mut [bf16]) {
+    softmax::narrow_bf16(values, out);
+}
+
+#[target_feature(enable = "avx2")]
+fn largest(values: &[f32]) -> f32 {
+    softmax::largest(values)
+}
+
+#[target_feature(enable = "avx2")]
+fn exponentials(values: &mut [f32], shift: f32, scale: f32) -> f64 {
+    softmax::exponentials(values, shift, scale)
 }
 
 #[target_feature(enable = "avx2")]

@@ -4,7 +4,7 @@
 //! only where the CPU has the features: that is the argument of every `unsafe` call below.
 
 use super::{Bf16Kernels, FewRowsBf16, Interleave, Kernels, PanelKernels};
-use super::{avx512_decode, avx512_gemm, avx512_linear, portable};
+use super::{avx512_decode, avx512_gemm, avx512_linear, portable, softmax};
 use crate::codebook::{BOUNDARIES, LEVELS};
 use crate::quantize::SMALLEST_ABSMAX;
 use half::{bf16, f16};
@@ -16,6 +16,14 @@ static KERNELS: Kernels = Kernels {
     widen_f16: |values, out| unsafe { widen_f16(values, out) },
     // SAFETY: as above.
     widen_bf16: |values, out| unsafe { widen_bf16(values, out) },
+    // SAFETY: as above.
+    narrow_f16: |values, out| unsafe { narrow_f16(values, out) },
+    // SAFETY: as above.
+    narrow_bf16: |values, out| unsafe { narrow_bf16(values, out) },
+    // SAFETY: as above.
+    largest: |values| unsafe { largest(values) },
+    // SAFETY: as above.
+    exponentials: |values, shift, scale| unsafe { exponentials(values, shift, scale) },
     // SAFETY: as above.
     quantize_blocks: |w, block_size, codes, absmax| unsafe { quantize_blocks(w, block_size, codes, absmax) },
     // SAFETY: as above.
@@ -133,6 +141,37 @@ fn widen_bf16(values: &[bf16], out: &mut [f32]) {
     for (value, out) in values.iter().zip(out) {
         *out = f32::from_bits(u32::from(value.to_bits()) << 16);
     }
+}
+
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq")]
+fn narrow_f16(values: &[f32], out: &mut [f16]) {
+    let (values, values_tail) = values.as_chunks::<16>();
+    let (out, out_tail) = out.as_chunks_mut::<16>();
+    for (values, out) in values.iter().zip(out) {
+        // SAFETY: both arrays hold exactly the 16 values that are read and written.
+        unsafe {
+            let narrow = _mm512_cvtps_ph::<{ _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC }>(
+                _mm512_loadu_ps(values.as_ptr()),
+            );
+            _mm256_storeu_si256(out.as_mut_ptr().cast(), narrow);
+        };
+    }
+    (portable::KERNELS.narrow_f16)(values_tail, out_tail);
+}
+
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq")]
+fn narrow_bf16(values: &[f32], out: &mut [bf16]) {
+    softmax::narrow_bf16(values, out);
+}
+
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq")]
+fn largest(values: &[f32]) -> f32 {
+    softmax::largest(values)
+}
+
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq")]
+fn exponentials(values: &mut [f32], shift: f32, scale: f32) -> f64 {
+    softmax::exponentials(values, shift, scale)
 }
 
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq")]

@@ -1,6 +1,6 @@
 //! Plain Rust: always compiled, always the oracle of the other paths.
 
-use super::{Kernels, PREPARED_MULTIPLE, PanelKernels, Strip};
+use super::{Kernels, PREPARED_MULTIPLE, PanelKernels, Strip, softmax};
 use crate::codebook::LEVELS;
 use crate::element::Element;
 use crate::gemm::tile::{PANEL, SIDE, Tile};
@@ -11,6 +11,14 @@ pub static KERNELS: Kernels = Kernels {
     name: "portable",
     widen_f16: |values, out| widen(values, out),
     widen_bf16: |values, out| widen(values, out),
+    narrow_f16: |values, out| {
+        for (value, out) in values.iter().zip(out) {
+            *out = half::f16::from_f32(*value);
+        }
+    },
+    narrow_bf16: softmax::narrow_bf16,
+    largest: softmax::largest,
+    exponentials: softmax::exponentials,
     quantize_blocks,
     dequantize_f32: dequantize_blocks,
     dequantize_f16: dequantize_blocks,

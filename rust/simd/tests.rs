@@ -83,6 +83,47 @@ proptest! {
     }
 
     #[test]
+    fn narrowing_rounds_to_nearest_even_on_every_path(values in proptest::collection::vec(weight(), 0..70)) {
+        let same = |got: f32, expected: f32| got == expected || (got.is_nan() && expected.is_nan());
+        for path in available() {
+            let mut half = vec![f16::ZERO; values.len()];
+            (path.narrow_f16)(&values, &mut half);
+            prop_assert!(values.iter().zip(&half).all(|(&v, h)| same(h.to_f32(), f16::from_f32(v).to_f32())));
+            let mut brain = vec![bf16::ZERO; values.len()];
+            (path.narrow_bf16)(&values, &mut brain);
+            prop_assert!(values.iter().zip(&brain).all(|(&v, b)| same(b.to_f32(), bf16::from_f32(v).to_f32())));
+        }
+    }
+
+    #[test]
+    fn exponentials_are_two_units_from_exact_and_the_same_on_every_path(
+        values in proptest::collection::vec(prop_oneof![
+            4 => -90.0_f32..1e-30, 1 => weight(), 1 => Just(f32::NEG_INFINITY),
+        ], 0..100),
+    ) {
+        let largest = values.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+        let shift = if largest.is_finite() { largest } else { 0.0 };
+        let values: Vec<f32> = values.into_iter().map(|v| if v > shift { shift } else { v }).collect();
+        let mut expected = None;
+        for path in available() {
+            prop_assert_eq!((path.largest)(&values), values.iter().copied().fold(f32::NEG_INFINITY, f32::max));
+            let mut out = values.clone();
+            let sum = (path.exponentials)(&mut out, shift, 1.0);
+            for (value, out) in values.iter().zip(&out) {
+                let exact = f64::from(value - shift).exp();
+                let unit = f64::from(f32::EPSILON) * exact;
+                let close = (f64::from(*out) - exact).abs() <= 2.0 * unit || (exact < 1.2e-38 && *out == 0.0);
+                prop_assert!(close || (value.is_nan() && out.is_nan()), "{}: {out} for {exact}", path.name);
+            }
+            let exact: f64 = out.iter().map(|&v| f64::from(v)).sum();
+            prop_assert!((sum - exact).abs() <= 1e-6 * exact || (sum.is_nan() && exact.is_nan()));
+            let bits: Vec<u32> = out.iter().map(|v| if v.is_nan() { 0 } else { v.to_bits() }).collect();
+            let expected = expected.get_or_insert_with(|| bits.clone());
+            prop_assert!(*expected == bits, "{} differs", path.name);
+        }
+    }
+
+    #[test]
     fn products_agree_with_f64_on_every_path(
         seed in any::<u64>(), rows in 1..40_usize, tokens in 1..70_usize, blocks in 1..6_usize,
         block_size in prop_oneof![Just(32_usize), Just(64), Just(128), Just(4096)],
