@@ -61,6 +61,7 @@ SOURCES = [
     *RUST,
     *sorted((ROOT / "tests").rglob("*.py")),
     *sorted((ROOT / "benches").glob("*.py")),
+    *sorted((ROOT / "benches").glob("*.rs")),
 ]
 
 
