@@ -8,7 +8,7 @@
 mod operands;
 
 use half::bf16;
-use operands::{BLOCK_SIZE, Measured, Weight, check, values};
+use operands::{BLOCK_SIZE, Measured, Weight, Write, check, values};
 use qlora_rs_core::dequantize::dequantize_tile;
 use qlora_rs_core::element::Element;
 use qlora_rs_core::few_rows;
@@ -52,9 +52,6 @@ fn few_rows_product<T: Measured, const TOKENS: usize>(kernels: &Kernels) {
 fn blocked_product<T: Measured>(kernels: &Kernels, direction: Direction) {
     product::<T>(kernels, direction, 128, T::write_blocks);
 }
-
-/// One of the two ways to compute a product.
-type Write<T> = fn(&Product<'_, T>, &Kernels, &mut [T], usize) -> Result<(), qlora_rs_core::Error>;
 
 fn product<T: Measured>(kernels: &Kernels, direction: Direction, tokens: usize, write: Write<T>) {
     let weight = Weight::new(SIDE, SIDE);

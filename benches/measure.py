@@ -61,6 +61,22 @@ def cpu_model() -> str:
     return platform.processor() or platform.machine()
 
 
+def busy_share(seconds: float = 0.5) -> float:
+    """Which part of the CPU time others use, measured while this process sleeps."""
+
+    def times() -> tuple[int, int]:
+        """All ticks since the start, and the idle ones (fields of proc(5), `/proc/stat`)."""
+        ticks = [int(field) for field in Path("/proc/stat").read_text().split("\n")[0].split()[1:]]
+        return sum(ticks[:8]), ticks[3] + ticks[4]
+
+    if not Path("/proc/stat").exists():
+        return float("nan")
+    before = times()
+    time.sleep(seconds)
+    total, idle = (now - then for now, then in zip(times(), before, strict=True))
+    return 1 - idle / max(total, 1)
+
+
 def peer_limits() -> list[str]:
     """What this process forbids torch: NAME=VALUE of each variable that is set."""
     return [f"{name}={os.environ[name]}" for name in PEER_LIMITS if os.environ.get(name)]
@@ -82,7 +98,7 @@ def machine() -> str:
     )
     return (
         f"{cpu_model()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, "
-        f"load {os.getloadavg()[0]:.1f} | path {_rust.cpu_path()} ({forced}), "
+        f"{busy_share():.0%} busy before | path {_rust.cpu_path()} ({forced}), "
         f"torch may use: {limits} | {versions}"
     )
 
@@ -102,7 +118,8 @@ class Table:
         folder: str | None = None,
     ) -> None:
         self.name, self.columns = name, list(columns)
-        self.folder = RECORD / (folder or cpu_slug())
+        # Where its record goes, without the endings.
+        self.stem = RECORD / (folder or cpu_slug()) / f"{datetime.date.today()}-{name}"
         self.rows: list[list[str]] = []
         self.lines = [f"benches.{name}  {datetime.date.today()}", about or machine(), ""]
         print("\n".join(self.lines))
@@ -128,12 +145,16 @@ class Table:
 
     def record(self) -> None:
         """Write the table to record/<folder>/<date>-<name>.{csv,txt}."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        stem = self.folder / f"{datetime.date.today()}-{self.name}"
-        stem.with_suffix(".txt").write_text("\n".join(self.lines) + "\n")
-        with stem.with_suffix(".csv").open("w", newline="") as file:
+        self.stem.parent.mkdir(parents=True, exist_ok=True)
+        self.stem.with_suffix(".txt").write_text("\n".join(self.lines) + "\n")
+        with self.stem.with_suffix(".csv").open("w", newline="") as file:
             csv.writer(file).writerows([self.columns, *self.rows])
-        print(f"recorded in {stem.relative_to(RECORD.parent.parent)}.txt and .csv")
+        print(f"recorded in {self.shown_stem}.txt and .csv")
+
+    @property
+    def shown_stem(self) -> str:
+        """The record's name from the repository's root, without its ending."""
+        return str(self.stem.relative_to(RECORD.parent.parent))
 
 
 def newest_record(folder: str, name: str) -> tuple[Path, list[dict[str, str]]] | None:

@@ -6,8 +6,8 @@ use qlora_rs_core::dequantize::dequantize_tile;
 use qlora_rs_core::element::Element;
 use qlora_rs_core::gemm::{Direction, Product};
 use qlora_rs_core::matmul::Activation;
-use qlora_rs_core::simd::portable;
-use qlora_rs_core::{PackedMatrix, Scales};
+use qlora_rs_core::simd::{Kernels, portable};
+use qlora_rs_core::{Error, PackedMatrix, Scales};
 
 /// The block size that models come in.
 pub const BLOCK_SIZE: usize = 64;
@@ -26,6 +26,9 @@ impl Measured for f32 {
 impl Measured for bf16 {
     const TOLERANCE: f64 = 1e-2;
 }
+
+/// One of the two ways to compute a product: `few_rows::write` or `Activation::write_blocks`.
+pub type Write<T> = fn(&Product<'_, T>, &Kernels, &mut [T], usize) -> Result<(), Error>;
 
 /// The same numbers in [-1, 1) every time, from Knuth's linear congruential generator.
 pub fn numbers(seed: u64) -> impl FnMut() -> f32 {

@@ -3,7 +3,7 @@
 //! Rust's intrinsics for AMX are not stable, so its five instructions are written as assembly.
 //! Tile registers 0..4 hold sums, 4 and 5 the left operand, 6 and 7 the right one.
 
-use super::{Kernels, avx512};
+use super::{Kernels, avx512, crossover};
 use crate::gemm::tile::{Block, SIDE, Tile};
 use std::arch::asm;
 use std::arch::x86_64::{__cpuid_count, _xgetbv};
@@ -13,7 +13,7 @@ static KERNELS: Kernels = Kernels {
     name: "amx",
     // SAFETY: the table exists for callers only after `detect` found AMX and got permission to use it.
     multiply_bf16: |block, sums| unsafe { multiply_bf16(block, sums) },
-    few_rows: [8, 2],
+    few_rows: crossover::AMX,
     ..avx512::KERNELS_WITH_BF16
 };
 

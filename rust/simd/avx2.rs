@@ -3,7 +3,7 @@
 //! All functions here are reached through [`KERNELS`] alone, and [`detect`] hands that table out
 //! only where the CPU has the features: that is the argument of every `unsafe` call below.
 
-use super::{Kernels, PREPARED_MULTIPLE, Strip, avx2_gemm, portable};
+use super::{Kernels, PREPARED_MULTIPLE, Strip, avx2_gemm, crossover, portable};
 use crate::codebook::{BOUNDARIES, LEVELS};
 use crate::quantize::SMALLEST_ABSMAX;
 use half::{bf16, f16};
@@ -44,7 +44,7 @@ static KERNELS: Kernels = Kernels {
     interleave: portable::KERNELS.interleave,
     finish_f32: portable::KERNELS.finish_f32,
     finish_bf16: portable::KERNELS.finish_bf16,
-    few_rows: [6, 6],
+    few_rows: crossover::AVX2,
     bf16: None,
 };
 

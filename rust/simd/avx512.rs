@@ -3,7 +3,7 @@
 //! All functions here are reached through [`KERNELS`] alone, and [`detect`] hands that table out
 //! only where the CPU has the features: that is the argument of every `unsafe` call below.
 
-use super::{Kernels, avx2_gemm, avx512_decode, avx512_gemm, avx512_linear, portable};
+use super::{Kernels, avx2_gemm, avx512_decode, avx512_gemm, avx512_linear, crossover, portable};
 use crate::codebook::{BOUNDARIES, LEVELS};
 use crate::quantize::SMALLEST_ABSMAX;
 use half::{bf16, f16};
@@ -62,7 +62,7 @@ static KERNELS: Kernels = Kernels {
     finish_f32: |sums, transpose, bias, out| unsafe { avx512_gemm::finish_f32(sums, transpose, bias, out) },
     // SAFETY: as above.
     finish_bf16: |sums, transpose, bias, out| unsafe { avx512_gemm::finish_bf16(sums, transpose, bias, out) },
-    few_rows: [8, 8],
+    few_rows: crossover::AVX512,
     bf16: None,
 };
 
