@@ -22,6 +22,9 @@ from qlora_rs import _rust
 
 RECORD = Path(__file__).parent / "record"
 
+# Variables that keep the libraries below torch from instructions that the CPU has.
+PEER_LIMITS = ("ONEDNN_MAX_CPU_ISA", "MKL_ENABLE_INSTRUCTIONS", "ATEN_CPU_CAPABILITY")
+
 
 def interleave(
     contenders: dict[str, Callable[[], object]], seconds: float = 2.0, sample: float = 0.005
@@ -58,30 +61,67 @@ def cpu_model() -> str:
     return platform.processor() or platform.machine()
 
 
+def busy_share(seconds: float = 0.5) -> float:
+    """Which part of the CPU time others use, measured while this process sleeps."""
+
+    def times() -> tuple[int, int]:
+        """All ticks since the start, and the idle ones (fields of proc(5), `/proc/stat`)."""
+        ticks = [int(field) for field in Path("/proc/stat").read_text().split("\n")[0].split()[1:]]
+        return sum(ticks[:8]), ticks[3] + ticks[4]
+
+    if not Path("/proc/stat").exists():
+        return float("nan")
+    before = times()
+    time.sleep(seconds)
+    total, idle = (now - then for now, then in zip(times(), before, strict=True))
+    return 1 - idle / max(total, 1)
+
+
+def peer_limits() -> list[str]:
+    """What this process forbids torch: NAME=VALUE of each variable that is set."""
+    return [f"{name}={os.environ[name]}" for name in PEER_LIMITS if os.environ.get(name)]
+
+
 def cpu_slug() -> str:
-    """The folder of this machine's records."""
-    features = f"{cpu_model()} {_rust.cpu_path()} {os.cpu_count()} cores"
-    return re.sub(r"[^a-z0-9]+", "-", features.lower()).strip("-")
+    """The folder of this machine's records: its CPU, our path, and what torch was kept from."""
+    features = [cpu_model(), _rust.cpu_path(), f"{os.cpu_count()} cores", *peer_limits()]
+    return re.sub(r"[^a-z0-9]+", "-", " ".join(features).lower()).strip("-")
 
 
 def machine() -> str:
-    """One line: what ran, on what, and how busy it was."""
-    load = os.getloadavg()[0]
+    """What ran, on what, what was forced, and how busy the machine was."""
+    forced = "forced" if os.environ.get("QLORA_RS_CPU") else "chosen"
+    limits = " ".join(peer_limits()) or "any instruction of this CPU"
+    versions = (
+        f"qlora_rs {qlora_rs.__version__}, torch {torch.__version__}, bitsandbytes "
+        f"{bitsandbytes.__version__}, peft {peft.__version__}, Python {platform.python_version()}"
+    )
     return (
-        f"{cpu_model()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, path "
-        f"{_rust.cpu_path()}, load {load:.1f} | qlora_rs {qlora_rs.__version__}, torch "
-        f"{torch.__version__}, bitsandbytes {bitsandbytes.__version__}, peft {peft.__version__}, "
-        f"Python {platform.python_version()}"
+        f"{cpu_model()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, "
+        f"{busy_share():.0%} busy before | path {_rust.cpu_path()} ({forced}), "
+        f"torch may use: {limits} | {versions}"
     )
 
 
 class Table:
-    """Rows of figures, printed as they come and written down with --record."""
+    """Rows of figures, printed as they come and written down with --record.
 
-    def __init__(self, name: str, columns: Iterable[str]) -> None:
+    about: the line that says what ran; this machine's by default. folder: where records go below
+    record/; this machine's by default.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        columns: Iterable[str],
+        about: str | None = None,
+        folder: str | None = None,
+    ) -> None:
         self.name, self.columns = name, list(columns)
+        # Where its record goes, without the endings.
+        self.stem = RECORD / (folder or cpu_slug()) / f"{datetime.date.today()}-{name}"
         self.rows: list[list[str]] = []
-        self.lines = [f"benches.{name}  {datetime.date.today()}", machine(), ""]
+        self.lines = [f"benches.{name}  {datetime.date.today()}", about or machine(), ""]
         print("\n".join(self.lines))
         self._print(self.columns)
 
@@ -104,14 +144,26 @@ class Table:
         print(text, flush=True)
 
     def record(self) -> None:
-        """Write the table to record/<machine>/<date>-<name>.{csv,txt}."""
-        folder = RECORD / cpu_slug()
-        folder.mkdir(parents=True, exist_ok=True)
-        stem = folder / f"{datetime.date.today()}-{self.name}"
-        stem.with_suffix(".txt").write_text("\n".join(self.lines) + "\n")
-        with stem.with_suffix(".csv").open("w", newline="") as file:
+        """Write the table to record/<folder>/<date>-<name>.{csv,txt}."""
+        self.stem.parent.mkdir(parents=True, exist_ok=True)
+        self.stem.with_suffix(".txt").write_text("\n".join(self.lines) + "\n")
+        with self.stem.with_suffix(".csv").open("w", newline="") as file:
             csv.writer(file).writerows([self.columns, *self.rows])
-        print(f"recorded in {stem.relative_to(RECORD.parent.parent)}.txt and .csv")
+        print(f"recorded in {self.shown_stem}.txt and .csv")
+
+    @property
+    def shown_stem(self) -> str:
+        """The record's name from the repository's root, without its ending."""
+        return str(self.stem.relative_to(RECORD.parent.parent))
+
+
+def newest_record(folder: str, name: str) -> tuple[Path, list[dict[str, str]]] | None:
+    """The latest table recorded under this name: its file and its rows."""
+    files = sorted((RECORD / folder).glob(f"????-??-??-{name}.csv"))
+    if not files:
+        return None
+    with files[-1].open(newline="") as file:
+        return files[-1], list(csv.DictReader(file))
 
 
 def arguments(description: str) -> argparse.ArgumentParser:

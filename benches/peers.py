@@ -102,8 +102,8 @@ def check(name: str, y: Tensor, exact: Tensor, dtype: torch.dtype) -> None:
         raise SystemExit(f"{name} is wrong by {error:.2g} of the largest result: not timed")
 
 
-def exact_product(x: Tensor, packed: PackedWeight, ours: nn.Module) -> Tensor:
-    """y in float64."""
+def exact_product(x: Tensor, packed: PackedWeight, ours: nn.Module | None = None) -> Tensor:
+    """y in float64, with the adapter that `ours` has, if it has one."""
     x = x.detach().double()
     y = x @ packed.dequantize(torch.float64).t()
     if isinstance(ours, QLoRALinear):

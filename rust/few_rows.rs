@@ -136,7 +136,9 @@ fn prepare<T: Element>(
         return Prepared::F32(wide);
     }
     let width = columns.next_multiple_of(PREPARED_MULTIPLE);
-    let bf16_kernels = kernels.bf16.and_then(|bf16| bf16.few_rows).filter(|_| matrix.block_size() >= 64);
+    // One row is as fast in f32, and exact: decoding is all the work.
+    let usable = tokens > 1 && matrix.block_size() >= 64;
+    let bf16_kernels = kernels.bf16.and_then(|bf16| bf16.few_rows).filter(|_| usable);
     if let (Some(kernels), Some(x)) = (bf16_kernels, T::as_bf16(x)) {
         let mut prepared = vec![bf16::ZERO; tokens * width];
         (kernels.prepare)(x, columns, &mut prepared);

@@ -19,14 +19,33 @@ pub fn write<T: Element>(
     hidden: &mut [T],
     threads: usize,
 ) -> Result<(), Error> {
-    // bf16 is multiplied as such where the CPU has a fast instruction for that.
-    let in_bf16 = kernels.bf16.is_some() && T::as_bf16(product.activations).is_some();
-    let few = product.tokens <= kernels.few_rows[usize::from(in_bf16)];
+    let few = product.tokens <= kernels.few_rows[usize::from(in_bf16::<T>(kernels))];
     if few && product.direction == Direction::Forward {
         few_rows::write(product, kernels, out, hidden, threads)
-    } else if in_bf16 {
+    } else {
+        write_blocks(product, kernels, out, hidden, threads)
+    }
+}
+
+/// The same by decoding blocks of weights (`gemm.rs`), whatever the number of rows.
+///
+/// # Errors
+/// As [`write`].
+pub fn write_blocks<T: Element>(
+    product: &Product<'_, T>,
+    kernels: &Kernels,
+    out: &mut [T],
+    hidden: &mut [T],
+    threads: usize,
+) -> Result<(), Error> {
+    if in_bf16::<T>(kernels) {
         product.write::<bf16>(kernels, out, hidden, threads)
     } else {
         product.write::<f32>(kernels, out, hidden, threads)
     }
+}
+
+/// Whether activations of type T are multiplied as bf16: where the CPU has a fast instruction for it.
+fn in_bf16<T: Element>(kernels: &Kernels) -> bool {
+    kernels.bf16.is_some() && T::as_bf16(&[]).is_some()
 }

@@ -19,6 +19,7 @@ mod avx512_decode;
 mod avx512_gemm;
 #[cfg(target_arch = "x86_64")]
 mod avx512_linear;
+mod crossover;
 pub mod portable;
 mod softmax;
 
@@ -98,7 +99,7 @@ pub struct Kernels {
     pub finish_f32: Finish<f32>,
     /// The same, rounded to bf16, to nearest, ties to even.
     pub finish_bf16: Finish<bf16>,
-    /// Up to how many rows of activations `linear_f32` beats panels (f32, then bf16).
+    /// Up to how many rows of activations `linear_f32` beats panels (f32, then bf16): `crossover.rs`.
     pub few_rows: [usize; 2],
     /// Products of bf16 as such, where this path has an instruction for that; elsewhere bf16 is
     /// widened to f32.

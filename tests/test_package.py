@@ -70,6 +70,7 @@ SOURCES = [
     *RUST,
     *sorted((ROOT / "tests").rglob("*.py")),
     *sorted((ROOT / "benches").glob("*.py")),
+    *sorted((ROOT / "benches").glob("*.rs")),
 ]
 
 

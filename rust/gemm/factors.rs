@@ -98,7 +98,9 @@ impl<T: Element> FactorGradient<'_, T> {
             let left = &mut left[..rank_panels * steps * 2];
             let right = &mut right[..panels * steps * 2];
             pack(kernels, self.left, self.rank, 0..self.rank, &tokens, &mut scratch, left);
-            left.iter_mut().for_each(|tile| (kernels.transpose)(tile));
+            for tile in &mut *left {
+                (kernels.transpose)(tile);
+            }
             pack(kernels, self.right, self.width, columns.clone(), &tokens, &mut scratch, right);
             let block = Block {
                 weights: right,

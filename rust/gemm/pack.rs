@@ -132,7 +132,9 @@ impl<T: Element> Product<'_, T> {
                 tile::put_row(C::cast(kernels, &row[piece.clone()], &mut scratch), token, tiles);
             }
             if self.weights_are_left() {
-                tiles.iter_mut().for_each(|tile| (kernels.transpose)(tile));
+                for tile in tiles {
+                    (kernels.transpose)(tile);
+                }
             }
         }
     }
@@ -185,8 +187,10 @@ impl<T: Element> Product<'_, T> {
         let Some((piece, _)) = scales.of(rows.start, run) else { return false };
         let (depth_steps, steps) = (span.depth_steps::<C>(), span.steps::<C>());
         let columns = self.matrix.columns();
-        let codes_of =
-            |row: usize, first: usize| &self.matrix.codes()[(row * columns + first) / 2..][..run.len() / 2];
+        let codes_of = |row: usize, first: usize| {
+            let first_weight = row * columns + first;
+            &self.matrix.codes()[first_weight / 2..][..run.len() / 2]
+        };
         // What is decoded next: the next span of the same rows, or the same columns of later rows.
         let ahead = |row: usize| match self.direction {
             Direction::Forward if run.end + run.len() <= columns => Some(codes_of(row, run.end)),

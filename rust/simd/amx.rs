@@ -3,7 +3,7 @@
 //! Rust's intrinsics for AMX are not stable, so its five instructions are written as assembly.
 //! Tile registers 0..4 hold sums, 4 and 5 the left operand, 6 and 7 the right one.
 
-use super::{Bf16Kernels, FewRowsBf16, Kernels, PanelKernels, amx_linear, avx512};
+use super::{Bf16Kernels, FewRowsBf16, Kernels, PanelKernels, amx_linear, avx512, crossover};
 use crate::gemm::tile::{Block, SIDE, Tile};
 use std::arch::asm;
 use std::arch::x86_64::{__cpuid_count, _xgetbv};
@@ -26,7 +26,7 @@ static KERNELS: Kernels = Kernels {
             linear: |x, strip, out| unsafe { amx_linear::linear(x, strip, out) },
         }),
     }),
-    few_rows: [8, 32],
+    few_rows: crossover::AMX,
     ..avx512::KERNELS_WITH_BF16
 };
 

@@ -3,7 +3,7 @@
 //! All functions here are reached through [`KERNELS`] alone, and [`detect`] hands that table out
 //! only where the CPU has the features: that is the argument of every `unsafe` call below.
 
-use super::{Kernels, PREPARED_MULTIPLE, PanelKernels, Strip, avx2_gemm, portable, softmax};
+use super::{Kernels, PREPARED_MULTIPLE, PanelKernels, Strip, avx2_gemm, crossover, portable, softmax};
 use crate::codebook::{BOUNDARIES, LEVELS};
 use crate::quantize::SMALLEST_ABSMAX;
 use half::{bf16, f16};
@@ -51,7 +51,7 @@ static KERNELS: Kernels = Kernels {
     transpose: portable::KERNELS.transpose,
     finish_f32: portable::KERNELS.finish_f32,
     finish_bf16: portable::KERNELS.finish_bf16,
-    few_rows: [6, 6],
+    few_rows: crossover::AVX2,
     bf16: None,
 };
 

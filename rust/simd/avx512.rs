@@ -4,7 +4,7 @@
 //! only where the CPU has the features: that is the argument of every `unsafe` call below.
 
 use super::{Bf16Kernels, FewRowsBf16, Interleave, Kernels, PanelKernels};
-use super::{avx512_decode, avx512_gemm, avx512_linear, portable, softmax};
+use super::{avx512_decode, avx512_gemm, avx512_linear, crossover, portable, softmax};
 use crate::codebook::{BOUNDARIES, LEVELS};
 use crate::quantize::SMALLEST_ABSMAX;
 use half::{bf16, f16};
@@ -63,7 +63,7 @@ static KERNELS: Kernels = Kernels {
     finish_f32: |sums, transpose, bias, out| unsafe { avx512_gemm::finish_f32(sums, transpose, bias, out) },
     // SAFETY: as above.
     finish_bf16: |sums, transpose, bias, out| unsafe { avx512_gemm::finish_bf16(sums, transpose, bias, out) },
-    few_rows: [8, 8],
+    few_rows: crossover::AVX512,
     bf16: None,
 };
 

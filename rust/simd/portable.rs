@@ -1,6 +1,6 @@
 //! Plain Rust: always compiled, always the oracle of the other paths.
 
-use super::{Kernels, PREPARED_MULTIPLE, PanelKernels, Strip, softmax};
+use super::{Kernels, PREPARED_MULTIPLE, PanelKernels, Strip, crossover, softmax};
 use crate::codebook::LEVELS;
 use crate::element::Element;
 use crate::gemm::tile::{PANEL, SIDE, Tile};
@@ -44,7 +44,7 @@ pub static KERNELS: Kernels = Kernels {
     transpose: Tile::transpose,
     finish_f32: finish,
     finish_bf16: finish,
-    few_rows: [4, 4],
+    few_rows: crossover::PORTABLE,
     bf16: None,
 };
 
