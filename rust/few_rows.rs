@@ -21,6 +21,9 @@ const LONGEST_STRIP: usize = 64;
 /// Fewer multiplications than this are not worth a second thread.
 const SMALL_PRODUCT: usize = 1 << 15;
 
+/// Tokens whose activations are held widened at a time.
+const WIDENED_TOKENS: usize = 8;
+
 /// Activations in the form that the chosen kernel reads.
 enum Prepared {
     /// Widened to f32 and reordered.
@@ -80,20 +83,23 @@ pub fn write<T: Element>(
 /// `hidden` [tokens, rank] = scaling x Aᵀ.
 fn write_hidden<T: Element>(product: &Product<'_, T>, kernels: &Kernels, hidden: &mut [T], threads: usize) {
     let (Some(low_rank), Some((factor, _))) = (product.low_rank, product.factors()) else { return };
-    let (rank, columns, tokens) = (low_rank.rank, factor.columns, product.tokens);
-    let mut x = vec![0.0; product.activations.len()];
-    T::widen(kernels, product.activations, &mut x);
-    let threads = if rank * columns * tokens < SMALL_PRODUCT { 1 } else { threads };
-    let hidden = Columns::new(hidden, rank);
-    parallel::for_each(0..rank, threads, |row| {
-        let mut wide = vec![0.0; columns];
-        factor.values.widen(kernels, row * columns, &mut wide);
-        let mut column = hidden.take(row..row + 1);
-        for token in 0..tokens {
-            let sum = (kernels.dot)(&wide, &x[token * columns..][..columns]);
-            column.row_mut(token, 0, 1)[0] = T::from_f32(low_rank.scaling * sum);
-        }
-    });
+    let (rank, columns) = (low_rank.rank, factor.columns);
+    let threads = if rank * columns * product.tokens < SMALL_PRODUCT { 1 } else { threads };
+    let groups = product.activations.chunks(WIDENED_TOKENS * columns.max(1));
+    for (activations, hidden) in groups.zip(hidden.chunks_mut(WIDENED_TOKENS * rank.max(1))) {
+        let mut x = vec![0.0; activations.len()];
+        T::widen(kernels, activations, &mut x);
+        let hidden = Columns::new(hidden, rank);
+        parallel::for_each(0..rank, threads, |row| {
+            let mut wide = vec![0.0; columns];
+            factor.values.widen(kernels, row * columns, &mut wide);
+            let mut column = hidden.take(row..row + 1);
+            for (token, x) in x.chunks_exact(columns).enumerate() {
+                let sum = (kernels.dot)(&wide, x);
+                column.row_mut(token, 0, 1)[0] = T::from_f32(low_rank.scaling * sum);
+            }
+        });
+    }
 }
 
 /// The low-rank part's second product, hidden Bᵀ.

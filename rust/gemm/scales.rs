@@ -9,7 +9,7 @@ use crate::simd::Kernels;
 use std::ops::Range;
 
 /// Decoded absmax may take this much per thread.
-const BYTES_PER_THREAD: usize = 2 << 20;
+const BYTES_PER_THREAD: usize = 1 << 19;
 
 /// Rows of W whose absmax are decoded by one task.
 const TASK_ROWS: usize = 256;
