@@ -25,8 +25,11 @@ from qlora_rs.errors import QloraError
 from qlora_rs.ops import check_activations
 from qlora_rs.quantize import PackedWeight
 
-# Of logits at any one time. Smaller chunks read the weight more often, larger ones leave the cache.
+# Logits at any one time: so many bytes, or so many tokens if that is more. Each chunk reads the
+# whole weight twice, so with fewer tokens a large vocabulary costs up to twice the time
+# (`benches/loss.py`); with more, little is gained. 128 tokens' logits are 128 / H of the weight.
 CHUNK_BYTES = 16 << 20
+CHUNK_TOKENS = 128
 REDUCTIONS = ("mean", "sum", "none")
 
 Weight: TypeAlias = Tensor | PackedWeight
@@ -54,7 +57,8 @@ def linear_cross_entropy(
     Those of weight and bias need a "mean" or a "sum", and weight's is rounded to its dtype after
     each chunk. Products with a dense weight are torch's, so their last bits may depend on the
     number of threads; all else is the same on any.
-    Allocates 16 MiB of logits (or one row) and the gradients that are needed (weight's twice).
+    Allocates 16 MiB of logits, or those of 128 tokens if that is more, and the gradients that are
+    needed (weight's twice).
     Raises QloraError when dtypes, devices, shapes or targets do not fit.
 
     >>> hidden, weight = torch.randn(3, 8, requires_grad=True), torch.zeros(100, 8)
@@ -160,7 +164,7 @@ def _losses_and_gradients(
 
 def _tokens_at_a_time(tokens: int, logits_bytes: int) -> int:
     """Chunks of nearly equal size: each reads the whole weight, so a rest would cost like one."""
-    most = max(CHUNK_BYTES // max(logits_bytes, 1), 1)
+    most = max(CHUNK_BYTES // max(logits_bytes, 1), CHUNK_TOKENS)
     chunks = max(-(-tokens // most), 1)
     return max(-(-tokens // chunks), 1)
 
