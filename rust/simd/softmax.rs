@@ -2,8 +2,8 @@
 //!
 //! Nothing here is fused or reordered by the compiler, and sums have a fixed number of lanes, so
 //! every path gives the same bits. The exponential is Cephes' `expf` (Stephen Moshier, Cephes Math
-//! Library 2.2): x = n ln 2 + r, and exp x = 2ⁿ exp r by a polynomial; at most 2 units in the last
-//! place away.
+//! Library 2.2): x = n ln 2 + r, and exp x = 2ⁿ exp r by a polynomial; less than one unit in the
+//! last place away.
 
 use half::bf16;
 
