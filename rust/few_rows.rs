@@ -84,8 +84,11 @@ pub fn write<T: Element>(
 fn write_hidden<T: Element>(product: &Product<'_, T>, kernels: &Kernels, hidden: &mut [T], threads: usize) {
     let (Some(low_rank), Some((factor, _))) = (product.low_rank, product.factors()) else { return };
     let (rank, columns) = (low_rank.rank, factor.columns);
+    if columns == 0 {
+        return hidden.fill(T::default());
+    }
     let threads = if rank * columns * product.tokens < SMALL_PRODUCT { 1 } else { threads };
-    let groups = product.activations.chunks(WIDENED_TOKENS * columns.max(1));
+    let groups = product.activations.chunks(WIDENED_TOKENS * columns);
     for (activations, hidden) in groups.zip(hidden.chunks_mut(WIDENED_TOKENS * rank.max(1))) {
         let mut x = vec![0.0; activations.len()];
         T::widen(kernels, activations, &mut x);
