@@ -6,6 +6,7 @@
 use crate::element::{Element, Floats};
 use crate::error::Error;
 use crate::gemm::Product;
+use crate::memory::Scratch;
 use crate::packed_matrix::PackedMatrix;
 use crate::parallel::{self, Columns};
 use crate::simd::{ABSMAX_PADDING, FewRowsBf16, Kernels, PREPARED_MULTIPLE, Strip};
@@ -27,9 +28,9 @@ const WIDENED_TOKENS: usize = 8;
 /// Activations in the form that the chosen kernel reads.
 enum Prepared {
     /// Widened to f32 and reordered.
-    F32(Vec<f32>),
+    F32(Scratch),
     /// Reordered bf16.
-    Bf16(Vec<bf16>, FewRowsBf16),
+    Bf16(Scratch, FewRowsBf16),
 }
 
 /// Write a forward product to `y` [tokens, out] and x Aᵀ times scaling to `hidden` [tokens, rank].
@@ -140,22 +141,21 @@ fn prepare<T: Element>(
 ) -> Prepared {
     let columns = matrix.columns();
     if !fused {
-        let mut wide = vec![0.0; x.len()];
-        T::widen(kernels, x, &mut wide);
+        let mut wide = Scratch::of::<f32>(x.len());
+        T::widen(kernels, x, &mut wide.values_mut()[..x.len()]);
         return Prepared::F32(wide);
     }
     let width = columns.next_multiple_of(PREPARED_MULTIPLE);
-    // One row is as fast in f32, and exact: decoding is all the work.
-    let usable = tokens > 1 && matrix.block_size() >= 64;
-    let bf16_kernels = kernels.bf16.and_then(|bf16| bf16.few_rows).filter(|_| usable);
+    let bf16_kernels = kernels.bf16.and_then(|bf16| bf16.few_rows);
+    let bf16_kernels = bf16_kernels.filter(|few| tokens >= few.fewest && matrix.block_size() >= 64);
     if let (Some(kernels), Some(x)) = (bf16_kernels, T::as_bf16(x)) {
-        let mut prepared = vec![bf16::ZERO; tokens * width];
-        (kernels.prepare)(x, columns, &mut prepared);
+        let mut prepared = Scratch::of::<bf16>(tokens * width);
+        (kernels.prepare)(x, columns, &mut prepared.values_mut()[..tokens * width]);
         return Prepared::Bf16(prepared, kernels);
     }
     let mut wide = vec![0.0; columns];
-    let mut prepared = vec![0.0; tokens * width];
-    for (row, out) in x.chunks_exact(columns).zip(prepared.chunks_exact_mut(width)) {
+    let mut prepared = Scratch::of::<f32>(tokens * width);
+    for (row, out) in x.chunks_exact(columns).zip(prepared.values_mut().chunks_exact_mut(width)) {
         T::widen(kernels, row, &mut wide);
         (kernels.prepare_f32)(&wide, out);
     }
@@ -174,17 +174,28 @@ fn strip_fused(
     let columns = matrix.columns();
     let blocks = columns / matrix.block_size();
     let height = products.len() / tokens;
-    let absmax_stride = blocks + ABSMAX_PADDING;
-    let mut absmax = vec![0.0; height * absmax_stride];
-    for (i, absmax) in absmax.chunks_exact_mut(absmax_stride).enumerate() {
-        matrix.decode_absmax(kernels, (first + i) * blocks, &mut absmax[..blocks]);
+    let padding = if columns.is_multiple_of(PREPARED_MULTIPLE) { 0 } else { ABSMAX_PADDING };
+    let absmax_stride = blocks + padding;
+    let count = height * absmax_stride;
+    let mut absmax = Scratch::of::<f32>(count + ABSMAX_PADDING);
+    let absmax = &mut absmax.values_mut()[..count + ABSMAX_PADDING];
+    absmax[count..].fill(0.0);
+    if padding == 0 {
+        // All rows at once: what a decoder sets up serves them all.
+        matrix.decode_absmax(kernels, first * blocks, &mut absmax[..count]);
+    } else {
+        for (i, absmax) in absmax[..count].chunks_exact_mut(absmax_stride).enumerate() {
+            absmax[blocks..].fill(0.0);
+            matrix.decode_absmax(kernels, (first + i) * blocks, &mut absmax[..blocks]);
+        }
     }
     let codes = &matrix.codes()[first * columns / 2..(first + height) * columns / 2];
     let block_size = matrix.block_size();
-    let strip = Strip { codes, absmax: &absmax, absmax_stride, columns, block_size, tokens };
+    let strip = Strip { codes, absmax, absmax_stride, columns, block_size, tokens };
+    let prepared_values = tokens * columns.next_multiple_of(PREPARED_MULTIPLE);
     match prepared {
-        Prepared::F32(x) => (kernels.linear_f32)(x, &strip, products),
-        Prepared::Bf16(x, kernels) => (kernels.linear)(x, &strip, products),
+        Prepared::F32(x) => (kernels.linear_f32)(&x.values()[..prepared_values], &strip, products),
+        Prepared::Bf16(x, kernels) => (kernels.linear)(&x.values()[..prepared_values], &strip, products),
     }
 }
 
@@ -198,6 +209,7 @@ fn strip_decoded(
     products: &mut [f32],
 ) {
     let Prepared::F32(x) = prepared else { return };
+    let x = x.values::<f32>();
     let columns = matrix.columns();
     let mut weights = vec![0.0_f32; columns];
     for (i, products) in products.chunks_exact_mut(tokens).enumerate() {

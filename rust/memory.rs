@@ -1,6 +1,7 @@
 //! Large memory: huge pages behind it, and scratch that is kept between calls.
 
 use crate::gemm::tile::Tile;
+use half::bf16;
 use std::alloc::{Layout, alloc_zeroed, dealloc, handle_alloc_error};
 use std::cell::RefCell;
 use std::ops::{Deref, DerefMut};
@@ -58,7 +59,17 @@ thread_local! {
 /// A call holds four at a time: activations, scales, weights and sums.
 const MOST_KEPT: usize = 4;
 
-const FLOATS_PER_TILE: usize = size_of::<Tile>() / size_of::<f32>();
+/// Numbers that scratch memory may be seen as.
+///
+/// # Safety
+/// Every bit pattern must be a value, no byte padding, and a tile's size and alignment multiples of
+/// the type's.
+pub unsafe trait Plain: Copy {}
+
+// SAFETY: both are plain bits of two or four bytes.
+unsafe impl Plain for f32 {}
+// SAFETY: as above.
+unsafe impl Plain for bf16 {}
 
 impl Scratch {
     /// `length` tiles.
@@ -76,20 +87,28 @@ impl Scratch {
 }
 
 impl Scratch {
-    /// The same memory as floats.
+    /// Room for `count` values, aligned to a cache line: vectors that cross a line cost two loads.
     #[must_use]
-    pub fn as_floats(&self) -> &[f32] {
-        let tiles: &[Tile] = self;
-        // SAFETY: a tile is 256 words of 32 bits without padding, each of which is also an f32.
-        unsafe { std::slice::from_raw_parts(tiles.as_ptr().cast(), tiles.len() * FLOATS_PER_TILE) }
+    pub fn of<T: Plain>(count: usize) -> Self {
+        Self::take((count * size_of::<T>()).div_ceil(size_of::<Tile>()))
     }
 
-    /// The same memory as floats.
+    /// The memory as floats of some kind.
     #[must_use]
-    pub fn as_floats_mut(&mut self) -> &mut [f32] {
+    pub fn values<T: Plain>(&self) -> &[T] {
+        let tiles: &[Tile] = self;
+        // SAFETY: the tiles hold that many values, any bits of which are one (see `Plain`).
+        unsafe { std::slice::from_raw_parts(tiles.as_ptr().cast(), size_of_val(tiles) / size_of::<T>()) }
+    }
+
+    /// The same for writing.
+    #[must_use]
+    pub fn values_mut<T: Plain>(&mut self) -> &mut [T] {
         let tiles: &mut [Tile] = self;
-        // SAFETY: as in `as_floats`; the borrow is exclusive.
-        unsafe { std::slice::from_raw_parts_mut(tiles.as_mut_ptr().cast(), tiles.len() * FLOATS_PER_TILE) }
+        // SAFETY: as in `values`; the borrow is exclusive.
+        unsafe {
+            std::slice::from_raw_parts_mut(tiles.as_mut_ptr().cast(), size_of_val(tiles) / size_of::<T>())
+        }
     }
 }
 

@@ -26,6 +26,41 @@ pub enum Scales<'a> {
     },
 }
 
+/// The parts of [`Scales::Nested`], as the kernels that decode them take them.
+#[derive(Clone, Copy, Debug)]
+pub struct NestedScales<'a> {
+    /// One 8-bit code per block.
+    pub codes: &'a [u8],
+    /// One f32 per 256 blocks.
+    pub absmax: &'a [f32],
+    /// The mean that was subtracted before the second quantization.
+    pub offset: f32,
+    /// The 256 values that a code can take.
+    pub map: &'a [f32; 256],
+}
+
+impl NestedScales<'_> {
+    /// Call `decode(codes, absmax, out)` for the blocks `first..first + out.len()`, those of one group
+    /// of 256 at a time.
+    #[inline]
+    pub fn for_each_group(
+        &self,
+        first: usize,
+        mut out: &mut [f32],
+        mut decode: impl FnMut(&[u8], f32, &mut [f32]),
+    ) {
+        let mut block = first;
+        while !out.is_empty() {
+            let group = block / NESTED_BLOCK;
+            let length = ((group + 1) * NESTED_BLOCK - block).min(out.len());
+            let (head, rest) = out.split_at_mut(length);
+            decode(&self.codes[block..block + length], self.absmax[group], head);
+            block += length;
+            out = rest;
+        }
+    }
+}
+
 /// Borrowed parts of a quantized matrix whose lengths are known to fit together.
 #[derive(Clone, Copy, Debug)]
 pub struct PackedMatrix<'a> {
@@ -118,19 +153,12 @@ impl<'a> PackedMatrix<'a> {
     }
 
     /// Write the absmax of blocks `first..first + out.len()`, decoding the second level if there is one.
-    pub fn decode_absmax(&self, kernels: &Kernels, first: usize, mut out: &mut [f32]) {
+    pub fn decode_absmax(&self, kernels: &Kernels, first: usize, out: &mut [f32]) {
         match self.scales {
             Scales::Single(absmax) => out.copy_from_slice(&absmax[first..first + out.len()]),
             Scales::Nested { codes, absmax, offset, map } => {
-                let mut block = first;
-                while !out.is_empty() {
-                    let group = block / NESTED_BLOCK;
-                    let length = ((group + 1) * NESTED_BLOCK - block).min(out.len());
-                    let (head, rest) = out.split_at_mut(length);
-                    (kernels.decode_absmax)(&codes[block..block + length], absmax[group], offset, map, head);
-                    block += length;
-                    out = rest;
-                }
+                let nested = NestedScales { codes, absmax, offset, map };
+                (kernels.decode_absmax)(&nested, first, out);
             }
         }
     }

@@ -14,6 +14,10 @@ mod avx2_gemm;
 #[cfg(target_arch = "x86_64")]
 mod avx512;
 #[cfg(target_arch = "x86_64")]
+mod avx512_absmax;
+#[cfg(target_arch = "x86_64")]
+mod avx512_bf16_linear;
+#[cfg(target_arch = "x86_64")]
 mod avx512_decode;
 #[cfg(target_arch = "x86_64")]
 mod avx512_gemm;
@@ -25,6 +29,7 @@ mod softmax;
 
 use crate::error::Error;
 use crate::gemm::tile::{MultiplyBlock, PANEL, Tile};
+use crate::packed_matrix::NestedScales;
 use half::{bf16, f16};
 use std::sync::OnceLock;
 
@@ -33,9 +38,10 @@ use std::sync::OnceLock;
 pub struct Strip<'a> {
     /// Codes of the strip's rows, `columns / 2` bytes each.
     pub codes: &'a [u8],
-    /// Decoded absmax of the strip's rows, `absmax_stride` values each; what pads a row is zero.
+    /// Decoded absmax of the strip's rows, `absmax_stride` values each, and [`ABSMAX_PADDING`] more.
     pub absmax: &'a [f32],
-    /// `columns / block_size + ABSMAX_PADDING`.
+    /// `columns / block_size`; where a row ends inside a step of [`PREPARED_MULTIPLE`] weights,
+    /// [`ABSMAX_PADDING`] more, which are zero.
     pub absmax_stride: usize,
     /// Weights per row, a multiple of `block_size`.
     pub columns: usize,
@@ -45,7 +51,7 @@ pub struct Strip<'a> {
     pub tokens: usize,
 }
 
-/// Kernels read absmax in groups of four, so a row of them is padded by four.
+/// Kernels read absmax in groups of four, so they may look at four past the end of a row.
 pub const ABSMAX_PADDING: usize = 4;
 
 /// Prepared rows of activations are padded with zeros to a multiple of this.
@@ -82,8 +88,9 @@ pub struct Kernels {
     pub dequantize_f16: fn(codes: &[u8], absmax: &[f32], block_size: usize, out: &mut [f16]),
     /// Whole blocks of codes → bf16.
     pub dequantize_bf16: fn(codes: &[u8], absmax: &[f32], block_size: usize, out: &mut [bf16]),
-    /// `out[i] = map[codes[i]] * absmax + offset`: the second level of double quantization.
-    pub decode_absmax: fn(codes: &[u8], absmax: f32, offset: f32, map: &[f32; 256], out: &mut [f32]),
+    /// The absmax of the blocks from `first` on, `map[code] * absmax of its group + offset` each: the
+    /// second level of double quantization.
+    pub decode_absmax: fn(nested: &NestedScales<'_>, first: usize, out: &mut [f32]),
     /// Sum of products of two runs of equal length.
     pub dot: fn(&[f32], &[f32]) -> f32,
     /// Reorder one row of activations into the order in which `linear_f32` meets the weights; the
@@ -154,6 +161,8 @@ pub struct Bf16Kernels {
 /// Products of few rows of bf16 with rows of packed weights.
 #[derive(Clone, Copy, Debug)]
 pub struct FewRowsBf16 {
+    /// With fewer rows than this, `linear_f32` is faster, and exact: decoding is all the work then.
+    pub fewest: usize,
     /// Reorder rows of activations, `columns` values each, into the order in which `linear` meets
     /// the weights; the output holds `columns.next_multiple_of(PREPARED_MULTIPLE)` values per row.
     pub prepare: fn(x: &[bf16], columns: usize, out: &mut [bf16]),

@@ -54,7 +54,8 @@ impl DecodedScales {
         let (piece, first, columns) = (self.piece, self.rows.start, self.columns.clone());
         let pieces = columns.len() / piece;
         let count = self.rows.len() * pieces;
-        let chunks = self.values.as_floats_mut()[..count].chunks_mut((TASK_ROWS * pieces).max(1)).enumerate();
+        let chunks =
+            self.values.values_mut::<f32>()[..count].chunks_mut((TASK_ROWS * pieces).max(1)).enumerate();
         chunks
             .map(|(i, out)| Task::Scales { row: first + i * TASK_ROWS, columns: columns.clone(), piece, out })
             .collect()
@@ -67,7 +68,7 @@ impl DecodedScales {
         }
         let (piece, pieces) = (self.piece, self.columns.len() / self.piece);
         let first = (row - self.rows.start) * pieces + (columns.start - self.columns.start) / piece;
-        Some((piece, &self.values.as_floats()[first..first + columns.len() / piece]))
+        Some((piece, &self.values.values()[first..first + columns.len() / piece]))
     }
 }
 

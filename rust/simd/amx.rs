@@ -20,6 +20,7 @@ static KERNELS: Kernels = Kernels {
         },
         interleave: avx512::INTERLEAVE,
         few_rows: Some(FewRowsBf16 {
+            fewest: 2,
             // SAFETY: as above.
             prepare: |x, columns, out| unsafe { amx_linear::prepare(x, columns, out) },
             // SAFETY: as above.

@@ -84,8 +84,8 @@ pub(super) unsafe fn linear(x: &[bf16], strip: &Strip<'_>, out: &mut [f32]) {
     let rows = out.len() / strip.tokens;
     assert!(x.len() == width * strip.tokens && out.len() == rows * strip.tokens);
     assert!(strip.codes.len() == rows * strip.columns / 2 && strip.columns.is_multiple_of(CHUNK));
-    assert!(strip.absmax_stride >= strip.columns / strip.block_size + ABSMAX_PADDING);
-    assert!(strip.absmax.len() == rows * strip.absmax_stride);
+    assert!(strip.absmax_stride >= strip.columns / strip.block_size);
+    assert!(strip.absmax.len() >= rows * strip.absmax_stride + ABSMAX_PADDING);
     assert!(strip.block_size.is_power_of_two() && strip.block_size >= CHUNK);
     let mut token = 0;
     for pair in x.chunks(2 * TOKENS * width) {

@@ -4,7 +4,10 @@
 //! only where the CPU has the features: that is the argument of every `unsafe` call below.
 
 use super::{Bf16Kernels, FewRowsBf16, Interleave, Kernels, PanelKernels};
-use super::{avx512_decode, avx512_gemm, avx512_linear, crossover, portable, softmax};
+use super::{
+    avx512_absmax, avx512_bf16_linear, avx512_decode, avx512_gemm, avx512_linear, crossover, portable,
+    softmax,
+};
 use crate::codebook::{BOUNDARIES, LEVELS};
 use crate::quantize::SMALLEST_ABSMAX;
 use half::{bf16, f16};
@@ -39,9 +42,7 @@ static KERNELS: Kernels = Kernels {
         dequantize_bf16(codes, absmax, block_size, out);
     },
     // SAFETY: as above.
-    decode_absmax: |codes, absmax, offset, map, out| unsafe {
-        decode_absmax(codes, absmax, offset, map, out);
-    },
+    decode_absmax: |nested, first, out| unsafe { avx512_absmax::gather(nested, first, out) },
     // SAFETY: as above.
     dot: |a, b| unsafe { avx512_linear::dot(a, b) },
     prepare_f32: avx512_linear::prepare_f32,
@@ -88,11 +89,16 @@ pub(super) static KERNELS_WITH_BF16: Kernels = Kernels {
         panels: PANELS_BF16,
         interleave: INTERLEAVE,
         few_rows: Some(FewRowsBf16 {
-            prepare: avx512_linear::prepare_bf16,
+            fewest: 1,
             // SAFETY: as above, with avx512bf16.
-            linear: |x, strip, out| unsafe { avx512_linear::linear_bf16(x, strip, out) },
+            prepare: |x, columns, out| unsafe { avx512_bf16_linear::prepare(x, columns, out) },
+            // SAFETY: as above, with avx512bf16.
+            linear: |x, strip, out| unsafe { avx512_bf16_linear::linear(x, strip, out) },
         }),
     }),
+    // SAFETY: as above, with avx512vbmi.
+    decode_absmax: |nested, first, out| unsafe { avx512_absmax::permute(nested, first, out) },
+    few_rows: crossover::AVX512_BF16,
     ..KERNELS
 };
 
@@ -107,10 +113,12 @@ pub(super) fn detect() -> Option<&'static Kernels> {
     found.then_some(&KERNELS)
 }
 
-/// The table with products of bf16, if the CPU has them too.
+/// The table with products of bf16, if the CPU has them too. (Of the CPUs that do, only Intel's Cooper
+/// Lake lacks permutes of bytes; it takes the path without both.)
 pub(super) fn detect_bf16() -> Option<&'static Kernels> {
     detect()?;
-    is_x86_feature_detected!("avx512bf16").then_some(&KERNELS_WITH_BF16)
+    let found = is_x86_feature_detected!("avx512bf16") && is_x86_feature_detected!("avx512vbmi");
+    found.then_some(&KERNELS_WITH_BF16)
 }
 
 /// Whether a dot product of 32 bf16 takes as long as four of 16 f32 do. On Intel's CPUs it does
@@ -230,34 +238,6 @@ impl Search {
             code = _mm512_mask_add_epi32(code, above, code, _mm512_set1_epi32(step));
         }
         code
-    }
-}
-
-#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq")]
-fn decode_absmax(codes: &[u8], absmax: f32, offset: f32, map: &[f32; 256], out: &mut [f32]) {
-    assert_eq!(codes.len(), out.len(), "one absmax per code");
-    let (codes, codes_tail) = codes.as_chunks::<16>();
-    let (out, out_tail) = out.as_chunks_mut::<16>();
-    for (codes, out) in codes.iter().zip(out) {
-        // SAFETY: 16 bytes are read; each is an index into a map of 256; 16 floats are written.
-        unsafe {
-            let index = _mm512_cvtepu8_epi32(_mm_loadu_si128(codes.as_ptr().cast()));
-            let value = _mm512_i32gather_ps::<4>(index, map.as_ptr());
-            // Two roundings, as bitsandbytes has them: a fused multiply-add would have one.
-            let scaled = _mm512_mul_ps(value, _mm512_set1_ps(absmax));
-            _mm512_storeu_ps(out.as_mut_ptr(), _mm512_add_ps(scaled, _mm512_set1_ps(offset)));
-        }
-    }
-    if !codes_tail.is_empty() {
-        let mask = ((1_u32 << codes_tail.len()) - 1) as u16;
-        // SAFETY: the masks admit only what the tails hold.
-        unsafe {
-            let index = _mm512_cvtepu8_epi32(_mm_maskz_loadu_epi8(mask, codes_tail.as_ptr().cast()));
-            let value = _mm512_mask_i32gather_ps::<4>(_mm512_setzero_ps(), mask, index, map.as_ptr());
-            let scaled = _mm512_mul_ps(value, _mm512_set1_ps(absmax));
-            let sum = _mm512_add_ps(scaled, _mm512_set1_ps(offset));
-            _mm512_mask_storeu_ps(out_tail.as_mut_ptr(), mask, sum);
-        }
     }
 }
 

@@ -3,38 +3,22 @@
 //! One step covers 128 weights of a row, 64 bytes of codes, one vector. Shifting that vector by
 //! 0, 4, 8, ... bits brings one nibble of every lane into the low bits, where the permute that
 //! looks up its level reads them. The weights then come out in another order than they lie in
-//! memory, so the activations are put into that order once, by `prepare_*`:
-//!
-//! ```text
-//! f32:  lane d (32 bits) holds weights 8d .. 8d+7, shift 4j shows weight 8d + (j ^ 1)
-//! bf16: lane d (16 bits) holds weights 4d .. 4d+3, shift 4j shows weight 4d + (j ^ 1)
-//! ```
-//!
-//! (j ^ 1, because the first weight of a byte sits in its high nibble.) A last step of fewer than 128 weights
-//! reads zeros past the row's end; its activations are padded with zeros.
+//! memory, so the activations are put into that order once, by `prepare_f32`: lane d (32 bits) holds
+//! weights 8d .. 8d+7, and a shift by 4j shows weight 8d + (j ^ 1), for the first weight of a byte sits
+//! in its high nibble. A last step of fewer than 128 weights reads zeros past the row's end; its
+//! activations are padded with zeros. Products of bf16 as such: `avx512_bf16_linear.rs`.
 
 use super::{ABSMAX_PADDING, PREPARED_MULTIPLE, Strip};
 use crate::codebook::LEVELS;
-use half::bf16;
 use std::arch::x86_64::*;
 
-pub(super) fn prepare_f32(row: &[f32], out: &mut [f32]) {
-    prepare::<f32, 8>(row, out);
-}
-
-pub(super) fn prepare_bf16(x: &[bf16], columns: usize, out: &mut [bf16]) {
-    let width = columns.next_multiple_of(PREPARED_MULTIPLE);
-    for (row, out) in x.chunks_exact(columns).zip(out.chunks_exact_mut(width)) {
-        prepare::<bf16, 4>(row, out);
-    }
-}
-
 /// Transpose each 128 values from [lane][nibble] to [nibble][lane].
-fn prepare<T: Copy + Default, const NIBBLES: usize>(row: &[T], out: &mut [T]) {
+pub(super) fn prepare_f32(row: &[f32], out: &mut [f32]) {
+    const NIBBLES: usize = 8;
     let lanes = PREPARED_MULTIPLE / NIBBLES;
     for (row, out) in row.chunks(PREPARED_MULTIPLE).zip(out.chunks_exact_mut(PREPARED_MULTIPLE)) {
         if row.len() < PREPARED_MULTIPLE {
-            out.fill(T::default());
+            out.fill(0.0);
         }
         for (lane, weights) in row.chunks_exact(NIBBLES).enumerate() {
             for nibble in 0..NIBBLES {
@@ -97,8 +81,8 @@ macro_rules! tile_rows_and_tokens {
         let rows = out.len() / strip.tokens;
         assert!(x.len() == prepared * strip.tokens && out.len() == rows * strip.tokens);
         assert!(strip.codes.len() == rows * strip.columns / 2);
-        assert!(strip.absmax_stride >= strip.columns / strip.block_size + ABSMAX_PADDING);
-        assert!(strip.absmax.len() == rows * strip.absmax_stride);
+        assert!(strip.absmax_stride >= strip.columns / strip.block_size);
+        assert!(strip.absmax.len() >= rows * strip.absmax_stride + ABSMAX_PADDING);
         assert!(strip.block_size.is_power_of_two() && strip.block_size >= 32);
         let mut row = 0;
         while row < rows {
@@ -127,11 +111,6 @@ macro_rules! tile_rows_and_tokens {
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,fma")]
 pub(super) fn linear_f32(x: &[f32], strip: &Strip<'_>, out: &mut [f32]) {
     tile_rows_and_tokens!(tile_f32, x, strip, out);
-}
-
-#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,fma")]
-pub(super) fn linear_bf16(x: &[bf16], strip: &Strip<'_>, out: &mut [f32]) {
-    tile_rows_and_tokens!(tile_bf16, x, strip, out);
 }
 
 /// `R` rows times `M` tokens in f32; returns M.
@@ -164,7 +143,7 @@ unsafe fn tile_f32<const R: usize, const M: usize>(
                 let at = strip.codes.as_ptr().add((row + r) * row_bytes + step * 64);
                 codes[r] = load_codes(at, row_bytes - step * 64);
                 _mm_prefetch::<_MM_HINT_T0>(at.wrapping_add(R * row_bytes).cast());
-                // A step's first block is below columns / block_size, and four values pad the row.
+                // A step's first block is below columns / block_size, and four values follow the last row.
                 let first = (row + r) * strip.absmax_stride + ((step * PREPARED_MULTIPLE) >> block_shift);
                 let absmax = _mm_loadu_ps(strip.absmax.as_ptr().add(first));
                 scales[r] = _mm512_permutexvar_ps(lanes, _mm512_broadcast_f32x4(absmax));
@@ -202,76 +181,10 @@ unsafe fn tile_f32<const R: usize, const M: usize>(
     store_sums(&sums, strip.tokens, out)
 }
 
-/// `R` rows times `M` tokens with bf16 products summed in f32; returns M.
-///
-/// # Safety
-/// As [`tile_f32`], and `block_size` must be 64 or more.
-#[inline]
-#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,fma")]
-unsafe fn tile_bf16<const R: usize, const M: usize>(
-    x: &[bf16],
-    strip: &Strip<'_>,
-    row: usize,
-    out: &mut [f32],
-) -> usize {
-    // SAFETY: the array holds the 16 floats that are read.
-    let levels = unsafe { _mm512_loadu_ps(LEVELS.as_ptr()) };
-    // Block sizes are powers of two; a division here would cost as much as the step.
-    let block_shift = strip.block_size.trailing_zeros();
-    let row_bytes = strip.columns / 2;
-    let prepared = strip.columns.next_multiple_of(PREPARED_MULTIPLE);
-    // Blocks of 64: the upper 16 lanes belong to a second block, whose levels fill the upper half
-    // of the table. Longer blocks: both halves hold the same levels.
-    let second = usize::from(strip.block_size == 64);
-    let half = _mm512_inserti64x4::<1>(_mm512_setzero_si512(), _mm256_set1_epi16(16));
-    let nibble_mask = _mm512_set1_epi16(15);
-    let mut sums = [[_mm512_setzero_ps(); M]; R];
-    for step in 0..prepared / PREPARED_MULTIPLE {
-        let mut codes = [_mm512_setzero_si512(); R];
-        let mut tables = [_mm512_setzero_si512(); R];
-        for r in 0..R {
-            // SAFETY: as in `tile_f32`.
-            unsafe {
-                let at = strip.codes.as_ptr().add((row + r) * row_bytes + step * 64);
-                codes[r] = load_codes(at, row_bytes - step * 64);
-                _mm_prefetch::<_MM_HINT_T0>(at.wrapping_add(R * row_bytes).cast());
-                let first = (row + r) * strip.absmax_stride + ((step * PREPARED_MULTIPLE) >> block_shift);
-                let absmax = strip.absmax.as_ptr().add(first);
-                let low = _mm512_mul_ps(levels, _mm512_set1_ps(*absmax));
-                let high = _mm512_mul_ps(levels, _mm512_set1_ps(*absmax.add(second)));
-                // Both are 512 plain bits.
-                tables[r] = std::mem::transmute::<__m512bh, __m512i>(_mm512_cvtne2ps_pbh(high, low));
-            }
-        }
-        for nibble in 0..4 {
-            let mut activations = [_mm512_setzero_si512(); M];
-            for m in 0..M {
-                // SAFETY: token m's prepared row holds this step's 128 values.
-                let at = unsafe { x.as_ptr().add(m * prepared + step * PREPARED_MULTIPLE + nibble * 32) };
-                // SAFETY: as above.
-                activations[m] = unsafe { _mm512_loadu_si512(at.cast()) };
-            }
-            for r in 0..R {
-                // half | (codes & 15)
-                let index = _mm512_ternarylogic_epi64::<0xF8>(half, codes[r], nibble_mask);
-                codes[r] = _mm512_srli_epi16::<4>(codes[r]);
-                let weights = _mm512_permutexvar_epi16(index, tables[r]);
-                // SAFETY: both are 512 plain bits.
-                let weights = unsafe { std::mem::transmute::<__m512i, __m512bh>(weights) };
-                for m in 0..M {
-                    // SAFETY: both are 512 plain bits.
-                    let values = unsafe { std::mem::transmute::<__m512i, __m512bh>(activations[m]) };
-                    sums[r][m] = _mm512_dpbf16_ps(sums[r][m], weights, values);
-                }
-            }
-        }
-    }
-    store_sums(&sums, strip.tokens, out)
-}
-
+/// Write `sums[row][token]`, summed over their lanes; returns M.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512vl")]
-fn store_sums<const R: usize, const M: usize>(
+pub(super) fn store_sums<const R: usize, const M: usize>(
     sums: &[[__m512; M]; R],
     tokens: usize,
     out: &mut [f32],

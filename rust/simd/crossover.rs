@@ -9,6 +9,8 @@ pub(super) const AMX: [usize; 2] = [8, 32];
 /// Not measured yet.
 pub(super) const AVX512: [usize; 2] = [8, 8];
 /// Not measured yet.
+pub(super) const AVX512_BF16: [usize; 2] = [8, 32];
+/// Not measured yet.
 pub(super) const AVX2: [usize; 2] = [6, 6];
 /// Not measured yet.
 pub(super) const PORTABLE: [usize; 2] = [4, 4];

@@ -4,6 +4,7 @@ use super::{Kernels, PREPARED_MULTIPLE, PanelKernels, Strip, crossover, softmax}
 use crate::codebook::LEVELS;
 use crate::element::Element;
 use crate::gemm::tile::{PANEL, SIDE, Tile};
+use crate::packed_matrix::NestedScales;
 use crate::quantize::{SMALLEST_ABSMAX, nearest_code};
 
 /// The path that every CPU runs.
@@ -78,10 +79,12 @@ pub(super) fn dequantize_blocks<T: Element>(codes: &[u8], absmax: &[f32], block_
     }
 }
 
-pub(super) fn decode_absmax(codes: &[u8], absmax: f32, offset: f32, map: &[f32; 256], out: &mut [f32]) {
-    for (code, out) in codes.iter().zip(out) {
-        *out = map[usize::from(*code)] * absmax + offset;
-    }
+pub(super) fn decode_absmax(nested: &NestedScales<'_>, first: usize, out: &mut [f32]) {
+    nested.for_each_group(first, out, |codes, absmax, out| {
+        for (code, out) in codes.iter().zip(out) {
+            *out = nested.map[usize::from(*code)] * absmax + nested.offset;
+        }
+    });
 }
 
 /// Sixteen partial sums: the compiler keeps them in vector registers, and the rounding error grows

@@ -1,7 +1,8 @@
 //! Every path against the portable one, on lengths and values chosen to hurt.
 
 use super::{ABSMAX_PADDING, Kernels, PREPARED_MULTIPLE, Strip, available, choose, portable};
-use crate::codebook::BOUNDARIES;
+use crate::codebook::{BOUNDARIES, DYNAMIC_MAP};
+use crate::packed_matrix::NestedScales;
 use half::{bf16, f16};
 use proptest::prelude::*;
 
@@ -66,6 +67,24 @@ proptest! {
             let (mut codes, mut absmax) = ([0; 32], [0.0]);
             (path.quantize_blocks)(&weights, 64, &mut codes, &mut absmax);
             prop_assert!(!absmax[0].is_finite(), "{} missed {bad} at {at}", path.name);
+        }
+    }
+
+    #[test]
+    fn every_path_decodes_nested_absmax_to_the_same_bits(
+        codes in proptest::collection::vec(any::<u8>(), 1..900), first in 0..600_usize, offset in -1.0_f32..1.0,
+    ) {
+        let absmax: Vec<f32> = (0..codes.len().div_ceil(256)).map(|i| 0.1 + i as f32 * 0.3).collect();
+        let nested = NestedScales { codes: &codes, absmax: &absmax, offset, map: &DYNAMIC_MAP };
+        let first = first % codes.len();
+        let expected: Vec<u32> = (first..codes.len())
+            .map(|i| (DYNAMIC_MAP[usize::from(codes[i])] * absmax[i / 256] + offset).to_bits())
+            .collect();
+        for path in available() {
+            let mut out = vec![f32::NAN; codes.len() - first];
+            (path.decode_absmax)(&nested, first, &mut out);
+            let bits: Vec<u32> = out.iter().map(|v| v.to_bits()).collect();
+            prop_assert!(bits == expected, "{} differs", path.name);
         }
     }
 
@@ -140,8 +159,8 @@ proptest! {
         let mut weights = vec![0.0_f32; rows * columns];
         portable::dequantize_blocks(&codes, &absmax, block_size, &mut weights);
         let stride = blocks + ABSMAX_PADDING;
-        let mut padded = vec![0.0; rows * stride];
-        for (padded, absmax) in padded.chunks_mut(stride).zip(absmax.chunks(blocks)) {
+        let mut padded = vec![0.0; rows * stride + ABSMAX_PADDING];
+        for (padded, absmax) in padded.chunks_exact_mut(stride).zip(absmax.chunks(blocks)) {
             padded[..blocks].copy_from_slice(absmax);
         }
         let strip = Strip { codes: &codes, absmax: &padded, absmax_stride: stride, columns, block_size, tokens };
