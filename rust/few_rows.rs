@@ -17,7 +17,7 @@ use half::bf16;
 const STRIP_ROWS: usize = 16;
 
 /// Strips are longer where there are many, so that a thread reads longer runs of memory.
-const LONGEST_STRIP: usize = 64;
+const LONGEST_STRIP: usize = 48;
 
 /// Fewer multiplications than this are not worth a second thread.
 const SMALL_PRODUCT: usize = 1 << 15;
@@ -61,21 +61,27 @@ pub fn write<T: Element>(
     let y = Columns::new(y, rows);
     parallel::for_each((0..rows).step_by(strip), threads, |first| {
         let height = strip.min(rows - first);
-        let mut products = vec![0.0_f32; height * tokens];
+        let mut products = Scratch::of::<f32>(height * tokens);
+        let products = &mut products.values_mut()[..height * tokens];
         if fused {
-            strip_fused(kernels, &prepared, *tokens, matrix, first, &mut products);
+            strip_fused(kernels, &prepared, *tokens, matrix, first, products);
         } else {
-            strip_decoded(kernels, &prepared, *tokens, matrix, first, &mut products);
+            strip_decoded(kernels, &prepared, *tokens, matrix, first, products);
         }
         if let Some(outer) = &outer {
-            outer.add(kernels, first, *tokens, &mut products);
+            outer.add(kernels, first, *tokens, products);
+        }
+        let mut addend = [0.0; LONGEST_STRIP];
+        if let Some(bias) = bias {
+            T::widen(kernels, &bias[first..first + height], &mut addend[..height]);
         }
         let mut y = y.take(first..first + height);
+        let mut sums = [0.0; LONGEST_STRIP];
         for token in 0..*tokens {
-            for (i, out) in y.row_mut(token, 0, height).iter_mut().enumerate() {
-                let bias = bias.map_or(0.0, |bias| bias[first + i].to_f32());
-                *out = T::from_f32(products[i * tokens + token] + bias);
+            for (i, sum) in sums[..height].iter_mut().enumerate() {
+                *sum = products[i * tokens + token] + addend[i];
             }
+            T::narrow(kernels, &sums[..height], y.row_mut(token, 0, height));
         }
     });
     Ok(())

@@ -18,6 +18,8 @@ mod avx512_absmax;
 #[cfg(target_arch = "x86_64")]
 mod avx512_bf16_linear;
 #[cfg(target_arch = "x86_64")]
+mod avx512_bf16_rows;
+#[cfg(target_arch = "x86_64")]
 mod avx512_decode;
 #[cfg(target_arch = "x86_64")]
 mod avx512_gemm;
@@ -176,9 +178,9 @@ pub struct FewRowsBf16 {
 pub fn prefetch(bytes: &[u8]) {
     #[cfg(target_arch = "x86_64")]
     for line in bytes.chunks(64) {
-        use std::arch::x86_64::{_MM_HINT_T1, _mm_prefetch};
+        use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
         // SAFETY: a prefetch reads nothing that the program could see, whatever the address.
-        unsafe { _mm_prefetch::<_MM_HINT_T1>(line.as_ptr().cast()) };
+        unsafe { _mm_prefetch::<_MM_HINT_T0>(line.as_ptr().cast()) };
     }
     #[cfg(not(target_arch = "x86_64"))]
     let _ = bytes;

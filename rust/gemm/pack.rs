@@ -209,6 +209,9 @@ impl<T: Element> Product<'_, T> {
                 return Run { codes, absmax, block_size: piece };
             };
             ahead(row).into_iter().for_each(prefetch);
+            if row + 16 < rows.end {
+                prefetch(codes_of(row + 16, run.start));
+            }
             Run { codes: codes_of(row, run.start), absmax, block_size: piece }
         };
         if self.weights_are_left() {

@@ -12,6 +12,7 @@
 //! A last step of fewer than 128 weights reads zeros past the row's end; its activations are padded
 //! with zeros.
 
+use super::avx512_bf16_rows;
 use super::avx512_linear::store_sums;
 use super::{ABSMAX_PADDING, PREPARED_MULTIPLE, Strip};
 use crate::codebook::LEVELS;
@@ -21,7 +22,8 @@ use std::arch::x86_64::*;
 
 /// Tokens of a tile, at most. Two rows by eight tokens: 16 sums, and the compiler manages to keep
 /// everything else in the other 16 registers too. (Three rows leave it too few; it then does not gain.)
-const MOST_TOKENS: usize = 8;
+/// More tokens are worth storing decoded weights for: `avx512_bf16_rows.rs`.
+pub(super) const MOST_TOKENS: usize = 8;
 
 /// Levels are multiplied by this before they are rounded to bf16, and absmax divided by it: of all
 /// factors it lets the 16 levels lose least, 8.5e-4 of their size (root mean square) instead of
@@ -92,57 +94,45 @@ pub(super) fn linear(x: &[bf16], strip: &Strip<'_>, out: &mut [f32]) {
     assert!(strip.absmax_stride >= strip.columns / strip.block_size);
     assert!(strip.absmax.len() >= rows * strip.absmax_stride + ABSMAX_PADDING);
     assert!(strip.block_size.is_power_of_two() && strip.block_size >= 64);
-    // Groups of nearly the same size: nine tokens are five and four, not eight and one. Each takes
-    // the whole strip in turn, so that its activations stay close.
-    let groups = strip.tokens.div_ceil(MOST_TOKENS);
-    for group in 0..groups {
-        let token = group * strip.tokens / groups;
-        let tokens = (group + 1) * strip.tokens / groups - token;
-        let tall = if tokens > 4 { 2 } else { 4 };
-        let mut row = 0;
-        while row < rows {
-            let at = Place { row, token };
-            // SAFETY: the lengths were checked above; `row + R <= rows`, `token + M <= strip.tokens`.
-            row += unsafe {
-                match (tokens, rows - row >= tall) {
-                    (1, true) => row_tile::<4>(x, strip, at, out),
-                    (1, false) => row_tile::<1>(x, strip, at, out),
-                    (2, true) => tile::<4, 2>(x, strip, at, out),
-                    (2, false) => tile::<1, 2>(x, strip, at, out),
-                    (3, true) => tile::<4, 3>(x, strip, at, out),
-                    (3, false) => tile::<1, 3>(x, strip, at, out),
-                    (4, true) => tile::<4, 4>(x, strip, at, out),
-                    (4, false) => tile::<1, 4>(x, strip, at, out),
-                    (5, true) => tile::<2, 5>(x, strip, at, out),
-                    (5, false) => tile::<1, 5>(x, strip, at, out),
-                    (6, true) => tile::<2, 6>(x, strip, at, out),
-                    (6, false) => tile::<1, 6>(x, strip, at, out),
-                    (7, true) => tile::<2, 7>(x, strip, at, out),
-                    (7, false) => tile::<1, 7>(x, strip, at, out),
-                    (_, true) => tile::<2, 8>(x, strip, at, out),
-                    (_, false) => tile::<1, 8>(x, strip, at, out),
-                }
-            };
-        }
+    if strip.tokens > MOST_TOKENS {
+        return avx512_bf16_rows::linear(x, strip, out);
+    }
+    let tall = if strip.tokens > 4 { 2 } else { 4 };
+    let mut row = 0;
+    while row < rows {
+        // SAFETY: the lengths were checked above; `row + R <= rows`, `M == strip.tokens`.
+        row += unsafe {
+            match (strip.tokens, rows - row >= tall) {
+                (1, true) => row_tile::<4>(x, strip, row, out),
+                (1, false) => row_tile::<1>(x, strip, row, out),
+                (2, true) => tile::<4, 2>(x, strip, row, out),
+                (2, false) => tile::<1, 2>(x, strip, row, out),
+                (3, true) => tile::<4, 3>(x, strip, row, out),
+                (3, false) => tile::<1, 3>(x, strip, row, out),
+                (4, true) => tile::<4, 4>(x, strip, row, out),
+                (4, false) => tile::<1, 4>(x, strip, row, out),
+                (5, true) => tile::<2, 5>(x, strip, row, out),
+                (5, false) => tile::<1, 5>(x, strip, row, out),
+                (6, true) => tile::<2, 6>(x, strip, row, out),
+                (6, false) => tile::<1, 6>(x, strip, row, out),
+                (7, true) => tile::<2, 7>(x, strip, row, out),
+                (7, false) => tile::<1, 7>(x, strip, row, out),
+                (_, true) => tile::<2, 8>(x, strip, row, out),
+                (_, false) => tile::<1, 8>(x, strip, row, out),
+            }
+        };
     }
 }
 
-/// The first row and token of a tile.
-#[derive(Clone, Copy)]
-struct Place {
-    row: usize,
-    token: usize,
-}
-
 /// The codes of a tile's rows, a step at a time.
-struct Codes<'a, const R: usize> {
+pub(super) struct Codes<'a, const R: usize> {
     rows: [&'a [u8]; R],
     /// What is left of each row after its whole steps, and zeros after it.
     rests: [[u8; STEP_BYTES]; R],
 }
 
 impl<'a, const R: usize> Codes<'a, R> {
-    fn new(strip: &Strip<'a>, first_row: usize) -> Self {
+    pub(super) fn new(strip: &Strip<'a>, first_row: usize) -> Self {
         let bytes = strip.columns / 2;
         let rows = std::array::from_fn(|r| &strip.codes[(first_row + r) * bytes..][..bytes]);
         let mut rests = [[0; STEP_BYTES]; R];
@@ -159,7 +149,7 @@ impl<'a, const R: usize> Codes<'a, R> {
     /// kinds of load: a branch here would keep the compiler from mixing the rows' instructions.
     #[inline]
     #[target_feature(enable = "avx512f")]
-    fn load(&self, r: usize, step: usize) -> __m512i {
+    pub(super) fn load(&self, r: usize, step: usize) -> __m512i {
         let at = step * STEP_BYTES;
         let whole = at + STEP_BYTES <= self.rows[r].len();
         let from = if whole { self.rows[r].as_ptr().wrapping_add(at) } else { self.rests[r].as_ptr() };
@@ -175,7 +165,7 @@ impl<'a, const R: usize> Codes<'a, R> {
 /// 512 plain bits as a vector of bf16.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bf16")]
-fn bf16s(bits: __m512i) -> __m512bh {
+pub(super) fn bf16s(bits: __m512i) -> __m512bh {
     // SAFETY: both are 512 plain bits.
     unsafe { std::mem::transmute(bits) }
 }
@@ -194,7 +184,7 @@ fn not_before(first: __m512i, mut value: __m512i) -> __m512i {
 /// Two runs of 16 f32, rounded to bf16: the table that a permute with five-bit indices reads.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bf16")]
-fn table(low: __m512, high: __m512) -> __m512i {
+pub(super) fn table(low: __m512, high: __m512) -> __m512i {
     // SAFETY: both are 512 plain bits.
     unsafe { std::mem::transmute(_mm512_cvtne2ps_pbh(high, low)) }
 }
@@ -202,10 +192,10 @@ fn table(low: __m512, high: __m512) -> __m512i {
 /// `R` rows times one token; returns R. Codes index unscaled levels; the sum of each block is scaled in f32.
 ///
 /// # Safety
-/// The lengths that `linear` checks, for rows `at.row..at.row + R` and token `at.token`.
+/// The lengths that `linear` checks, for rows `row..row + R` and a single token.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,fma")]
-unsafe fn row_tile<const R: usize>(x: &[bf16], strip: &Strip<'_>, at: Place, out: &mut [f32]) -> usize {
+unsafe fn row_tile<const R: usize>(x: &[bf16], strip: &Strip<'_>, row: usize, out: &mut [f32]) -> usize {
     // SAFETY: the array holds the 16 floats that are read.
     let levels = unsafe { _mm512_loadu_ps(LEVELS.as_ptr()) };
     let levels = _mm512_mul_ps(levels, _mm512_set1_ps(LEVEL_FACTOR));
@@ -215,18 +205,18 @@ unsafe fn row_tile<const R: usize>(x: &[bf16], strip: &Strip<'_>, at: Place, out
     let second = i32::from(strip.block_size == 64);
     let lanes = _mm512_inserti64x4::<1>(_mm512_setzero_si512(), _mm256_set1_epi32(second));
     let block_shift = strip.block_size.trailing_zeros();
-    let rows = Codes::<R>::new(strip, at.row);
+    let rows = Codes::<R>::new(strip, row);
     let mut sums = [[_mm512_setzero_ps(); 1]; R];
     for step in 0..strip.columns.div_ceil(PREPARED_MULTIPLE) {
         let mut activations = [_mm512_setzero_si512(); 4];
         for (nibble, activations) in activations.iter_mut().enumerate() {
-            let from = (step * strip.tokens + at.token) * PREPARED_MULTIPLE + nibble * 32;
+            let from = step * PREPARED_MULTIPLE + nibble * 32;
             // SAFETY: the token's step holds 128 values.
             *activations = unsafe { _mm512_loadu_si512(x.as_ptr().add(from).cast()) };
         }
         for r in 0..R {
             let mut codes = rows.load(r, step);
-            let first = (at.row + r) * strip.absmax_stride + ((step * PREPARED_MULTIPLE) >> block_shift);
+            let first = (row + r) * strip.absmax_stride + ((step * PREPARED_MULTIPLE) >> block_shift);
             // SAFETY: a step's first block is below columns / block_size, and four values follow the last row.
             let absmax = unsafe { _mm_loadl_epi64(strip.absmax.as_ptr().add(first).cast()) };
             let scales = _mm512_permutexvar_ps(lanes, _mm512_castps128_ps512(_mm_castsi128_ps(absmax)));
@@ -242,34 +232,34 @@ unsafe fn row_tile<const R: usize>(x: &[bf16], strip: &Strip<'_>, at: Place, out
     for sum in sums.as_flattened_mut() {
         *sum = _mm512_mul_ps(*sum, _mm512_set1_ps(1.0 / LEVEL_FACTOR));
     }
-    store_sums(&sums, strip.tokens, &mut out[at.row * strip.tokens + at.token..]);
+    store_sums(&sums, strip.tokens, &mut out[row * strip.tokens..]);
     R
 }
 
 /// `R` rows times `M` tokens; returns R. Codes index scaled levels, rounded to bf16 once.
 ///
 /// # Safety
-/// The lengths that `linear` checks, for rows `at.row..at.row + R` and tokens `at.token..at.token + M`.
+/// The lengths that `linear` checks, for rows `row..row + R` and M tokens.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,fma")]
 unsafe fn tile<const R: usize, const M: usize>(
     x: &[bf16],
     strip: &Strip<'_>,
-    at: Place,
+    row: usize,
     out: &mut [f32],
 ) -> usize {
     // SAFETY: the array holds the 16 floats that are read.
     let levels = unsafe { _mm512_loadu_ps(LEVELS.as_ptr()) };
     // Block sizes are powers of two; a division here would cost as much as the step.
     let block_shift = strip.block_size.trailing_zeros();
-    let rows = Codes::<R>::new(strip, at.row);
+    let rows = Codes::<R>::new(strip, row);
     // Blocks of 64: the upper 16 lanes belong to a second block, whose levels fill the upper half
     // of the table. Longer blocks: both halves hold the same levels.
     let second = usize::from(strip.block_size == 64);
     let half = _mm512_inserti64x4::<1>(_mm512_setzero_si512(), _mm256_set1_epi16(16));
     let nibble_mask = _mm512_set1_epi16(15);
     let scaled = |r: usize, step: usize| {
-        let first = (at.row + r) * strip.absmax_stride + ((step * PREPARED_MULTIPLE) >> block_shift);
+        let first = (row + r) * strip.absmax_stride + ((step * PREPARED_MULTIPLE) >> block_shift);
         // SAFETY: up to one step past the row's last one, `first` is at most columns / block_size + 1,
         // and four values follow the last row.
         let (low, high) = unsafe {
@@ -294,7 +284,7 @@ unsafe fn tile<const R: usize, const M: usize>(
                 weights[r] = _mm512_permutexvar_epi16(index, tables[r]);
             }
             for m in 0..M {
-                let from = (step * strip.tokens + at.token + m) * PREPARED_MULTIPLE + nibble * 32;
+                let from = (step * M + m) * PREPARED_MULTIPLE + nibble * 32;
                 // SAFETY: the token's step holds 128 values.
                 let activations = unsafe { _mm512_loadu_si512(x.as_ptr().add(from).cast()) };
                 for r in 0..R {
@@ -304,6 +294,6 @@ unsafe fn tile<const R: usize, const M: usize>(
         }
         tables = next;
     }
-    store_sums(&sums, strip.tokens, &mut out[at.row * strip.tokens + at.token..]);
+    store_sums(&sums, strip.tokens, &mut out[row * strip.tokens..]);
     R
 }
