@@ -31,7 +31,7 @@ def linear(x: Tensor, *arguments: Any) -> Tensor:
     if not ops.runs_directly(x):
         return torch.ops.qlora_rs.linear(x, *arguments)
     if _wants_gradient(x, arguments[-1]):
-        return LinearFunction.apply(x, *arguments)
+        return _DirectLinear.apply(x, arguments[:8], arguments[8])
     return ops.linear(x, *arguments)
 
 
@@ -41,7 +41,7 @@ def lora_linear(x: Tensor, *arguments: Any) -> Tensor:
         return torch.ops.qlora_rs.lora_linear(x, *arguments)[0]
     lora_a, lora_b, _, bias = arguments[8:]
     if _wants_gradient(x, lora_a, lora_b, bias):
-        return LoRALinearFunction.apply(x, *arguments)[0]
+        return _DirectLoRALinear.apply(x, arguments[:8], *arguments[8:])
     return ops.lora_linear(x, *arguments)[0]
 
 
@@ -74,7 +74,7 @@ class LinearFunction(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             grad_x = _kernel("linear_backward", grad)(grad, *ctx.saved_tensors, *ctx.sizes)
         if ctx.needs_input_grad[9]:
-            grad_bias = grad.flatten(0, -2).sum(0) if grad.dim() > 1 else grad
+            grad_bias = _bias_gradient(grad)
         return grad_x, *_NO_PACKED_GRADIENTS, grad_bias
 
 
@@ -118,16 +118,75 @@ class LoRALinearFunction(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, _grad_hidden: Tensor | None = None) -> tuple:
-        x, hidden, *packed, lora_a, lora_b = ctx.saved_tensors
         needs_x, needs_a, needs_b = (ctx.needs_input_grad[i] for i in (0, 9, 10))
-        grad_x = grad_a = grad_b = grad_bias = None
-        if needs_x or needs_a or needs_b:
-            arguments = (*packed, *ctx.sizes, lora_a, lora_b, ctx.scaling, needs_x)
-            kernel = _kernel("lora_linear_backward", grad)
-            grad_x, grad_a, grad_b = kernel(grad, x, hidden, *arguments)
-        if ctx.needs_input_grad[12]:
-            grad_bias = grad.flatten(0, -2).sum(0) if grad.dim() > 1 else grad
-        return grad_x if needs_x else None, *_NO_PACKED_GRADIENTS, grad_a, grad_b, None, grad_bias
+        grads = _lora_gradients(ctx, grad, needs_x, needs_a or needs_b)
+        grad_bias = _bias_gradient(grad) if ctx.needs_input_grad[12] else None
+        return grads[0], *_NO_PACKED_GRADIENTS, *grads[1:], None, grad_bias
+
+
+class _DirectLinear(torch.autograd.Function):
+    """`LinearFunction` without what the dispatcher needs.
+
+    torch spends some 40 µs per call on a Function with a `setup_context`, and more on each tensor
+    argument: as much as a product of a small model takes. Here the packed weight is one argument.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, packed: tuple, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(*packed[:5])
+        ctx.sizes = packed[5:]
+        return ops.linear(x, *packed, bias)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple:
+        grad_x = grad_bias = None
+        if ctx.needs_input_grad[0]:
+            grad_x = _kernel("linear_backward", grad)(grad, *ctx.saved_tensors, *ctx.sizes)
+        if ctx.needs_input_grad[2]:
+            grad_bias = _bias_gradient(grad)
+        return grad_x, None, grad_bias
+
+
+class _DirectLoRALinear(torch.autograd.Function):
+    """`LoRALinearFunction` likewise; returns y alone."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        packed: tuple,
+        lora_a: Tensor,
+        lora_b: Tensor,
+        scaling: float,
+        bias: Tensor | None,
+    ) -> Tensor:
+        y, hidden = ops.lora_linear(x, *packed, lora_a, lora_b, scaling, bias)
+        ctx.save_for_backward(x, hidden, *packed[:5], lora_a, lora_b)
+        ctx.sizes = packed[5:]
+        ctx.scaling = scaling
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple:
+        needs_x, _, needs_a, needs_b, _, needs_bias = ctx.needs_input_grad
+        grads = _lora_gradients(ctx, grad, needs_x, needs_a or needs_b)
+        grad_bias = _bias_gradient(grad) if needs_bias else None
+        return grads[0], None, *grads[1:], None, grad_bias
+
+
+def _bias_gradient(grad: Tensor) -> Tensor:
+    return grad.flatten(0, -2).sum(0) if grad.dim() > 1 else grad
+
+
+def _lora_gradients(ctx: Any, grad: Tensor, needs_x: bool, needs_factors: bool) -> tuple:
+    """dX, dA and dB from what the forward pass saved."""
+    if not (needs_x or needs_factors):
+        return None, None, None
+    x, hidden, *packed, lora_a, lora_b = ctx.saved_tensors
+    arguments = (*packed, *ctx.sizes, lora_a, lora_b, ctx.scaling, needs_x)
+    kernel = _kernel("lora_linear_backward", grad)
+    grad_x, grad_a, grad_b = kernel(grad, x, hidden, *arguments)
+    return grad_x if needs_x else None, grad_a, grad_b
 
 
 for _name, _function in (
