@@ -3,8 +3,8 @@
     python -m benches.smollm2 [--record]
 
 Each side runs in processes of its own (so that peak memory is its own), in turn, the same loop on
-the same tokens: forward, transformers' loss, backward, torch's AdamW on the adapter, bf16, r=16 on
-all linear layers. Before timing, the first losses of both sides must agree: the same base and
+the same tokens: forward, the model's loss, backward, torch's AdamW on the adapter, bf16, r=16 on
+all linear layers. Ours calls `qlora_rs.fuse_loss`, as the README advises. Before timing, the first losses of both sides must agree: the same base and
 adapters that start at zero.
 """
 
@@ -37,7 +37,7 @@ def build(side: str):
         import qlora_rs
 
         qlora_rs.add_lora(qlora_rs.quantize_model(model), r=16, alpha=32)
-        return model
+        return qlora_rs.fuse_loss(model)
     import bitsandbytes as bnb
     from peft import LoraConfig, get_peft_model
 
