@@ -67,7 +67,8 @@ mod tests {
              // Floats are given by their bits.\n#pragma once\n\n",
         );
         let _ = writeln!(text, "#define ZERO_CODE {ZERO_CODE}u");
-        let _ = writeln!(text, "#define SMALLEST_ABSMAX __uint_as_float({:#010x}u)", SMALLEST_ABSMAX.to_bits());
+        let _ =
+            writeln!(text, "#define SMALLEST_ABSMAX __uint_as_float({:#010x}u)", SMALLEST_ABSMAX.to_bits());
         let _ = writeln!(text, "#define CELL_SCALE {CELL_SCALE:.1}f\n#define CELL_OFFSET {CELL_OFFSET:.1}f");
         let (boundaries, codes) = cells();
         let mut midpoints_tree = [f32::INFINITY; 256];

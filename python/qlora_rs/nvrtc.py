@@ -1,4 +1,4 @@
-"""NVIDIA's run-time compiler, by its C interface: CUDA source → PTX and machine code, without a GPU.
+"""NVIDIA's run-time compiler, by its C interface: CUDA source → PTX and machine code.
 
 CuPy can compile too, but only for a device that is present, and it hands out no PTX. Tests and the
 table of static facts need both, from the very compiler call that a GPU gets its kernels from.
@@ -30,7 +30,7 @@ class Compiled(NamedTuple):
 
 
 def _candidates() -> list[str]:
-    """Paths in pip's wheels (CUDA 13 and 12 lay them out differently), then names for the loader."""
+    """Paths in pip's wheels (CUDA 12 and 13 lay them out differently), then the system's."""
     folders = [Path(entry) / "nvidia" for entry in sys.path]
     wheels = [str(p) for n in SONAMES for f in folders for p in sorted(f.glob(f"*/lib/{n}"))]
     return [*wheels, *SONAMES]
@@ -90,7 +90,8 @@ def compile_program(
 ) -> Compiled:
     """Compile `source`; `name` stands in messages, `headers` are what it may include.
 
-    Raises QloraError with the compiler's messages when the source is wrong, or when NVRTC is missing.
+    Raises QloraError with the compiler's messages when the source is wrong, and when NVRTC is
+    missing.
     """
     program = ctypes.c_void_p()
     texts = (ctypes.c_char_p * len(headers))(*(text.encode() for text in headers.values()))
