@@ -18,6 +18,7 @@ __device__ __forceinline__ void share_of_limb(
     const unsigned long long* bins, int limb, unsigned long long& low, unsigned long long& high
 ) {
     low = high = 0;
+#pragma unroll 4
     for (int i = 0; i < 32 && 32 * limb + i < 254; ++i) {
         const unsigned long long bin = bins[32 * limb + i], shifted = bin << i;
         low += shifted;
@@ -32,6 +33,7 @@ __device__ __forceinline__ float rounded_mean(const unsigned* sum, unsigned long
     unsigned long long quotient = 0, remainder = 0;
     int limb = LIMBS - 1;
     // Ends below limb 0 at the latest: there is one fraction limb, since any sum is 0 or at least 1.
+#pragma unroll 1
     for (; limb >= -1; --limb) {
         const unsigned long long dividend = remainder << 32 | (limb >= 0 ? sum[limb] : 0u);
         quotient = quotient << 32 | dividend / count;
@@ -40,6 +42,7 @@ __device__ __forceinline__ float rounded_mean(const unsigned* sum, unsigned long
     }
     limb = max(limb, -1);
     bool sticky = remainder != 0;
+#pragma unroll 1
     for (int i = 0; i < limb; ++i) sticky |= sum[i] != 0;
     if (quotient == 0) return 0.0f;  // only sums far below half of the smallest subnormal number
 
@@ -138,7 +141,10 @@ extern "C" __global__ void __launch_bounds__(THREADS) double_quantize(
         if (at + 4 <= blocks) {
             *reinterpret_cast<unsigned*>(codes + at) = word;
         } else {
-            for (int i = 0; at + i < blocks; ++i) codes[at + i] = static_cast<unsigned char>(word >> (8 * i));
+#pragma unroll 1
+            for (int i = 0; i < 4 && at + i < blocks; ++i) {
+                codes[at + i] = static_cast<unsigned char>(word >> (8 * i));
+            }
         }
     }
 }

@@ -131,8 +131,8 @@ def target(capability: tuple[int, int], known: tuple[int, ...]) -> tuple[int, bo
     usable = [a for a in known if OLDEST_ARCHITECTURE <= a <= device]
     if not usable:
         raise QloraError(
-            f"a GPU of compute capability {capability[0]}.{capability[1]} is too old for the kernels, "
-            'which need 8.0 (A100 or newer); use the CPU: .to("cpu")'
+            f"the kernels need a GPU of compute capability 8.0 (A100) or newer, this one has "
+            f'{capability[0]}.{capability[1]}; use the CPU: .to("cpu")'
         )
     best = max(usable)
     return best, best // 10 == capability[0]
