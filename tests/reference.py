@@ -7,6 +7,7 @@ dynamic 8-bit data type: arXiv 1511.04561, section 2.2. Slow and plain on purpos
 from __future__ import annotations
 
 import statistics
+from fractions import Fraction
 
 import numpy as np
 
@@ -72,6 +73,22 @@ def pack(codes: np.ndarray) -> np.ndarray:
 def unpack(packed: np.ndarray, count: int) -> np.ndarray:
     """The other way."""
     return np.stack([packed >> 4, packed & 15], axis=1).reshape(-1)[:count]
+
+
+def exact_mean(values: np.ndarray) -> np.float32:
+    """The mean in rational arithmetic, rounded once to float32, ties to an even last bit."""
+    mean = sum(map(Fraction, values.tolist()), Fraction(0)) / max(values.size, 1)
+    guess = np.float32(float(mean))
+    near = [
+        np.nextafter(guess, np.float32(-np.inf)),
+        guess,
+        np.nextafter(guess, np.float32(np.inf)),
+    ]
+    finite = [value for value in near if np.isfinite(value)]
+    return min(
+        finite,
+        key=lambda value: (abs(Fraction(float(value)) - mean), int(value.view(np.uint32)) % 2),
+    )
 
 
 def nearest(values: np.ndarray, table: np.ndarray) -> np.ndarray:

@@ -2,21 +2,28 @@
 
 Every function takes tensors of one device and the `launcher` that starts kernels there. Tests pass
 one that executes the kernels' PTX without a GPU, so all of this file runs in them.
+
+Products decode some rows of the weight at a time, `CHUNK_BYTES` at most (but at least the rows
+between two that begin a block), and multiply those with torch's matmul. Sums are float32 within a
+chunk. Forward, a chunk holds whole sums; backward, dX is rounded to its dtype once per chunk.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
 from qlora_rs import _rust, kernels
-from qlora_rs.cpu import Packed
+from qlora_rs.cpu import LowRank, Packed
 from qlora_rs.errors import QloraError
 from qlora_rs.kernels import Launcher
 
 NESTED_BLOCK = 256
+# Decoded weights that a product holds at any one time; they stay in the L2 cache of large GPUs.
+CHUNK_BYTES = 16 << 20
 # Sums of mantissas for each exponent of float32, then what was refused: 64 bits each.
 _EXPONENTS = 254
 
@@ -128,3 +135,74 @@ def dequantize(packed: Packed, dtype: torch.dtype, launcher: Launcher = kernels.
     """The dense matrix [out, in]."""
     check(packed)
     return dequantize_rows(packed, 0, packed.out_features, dtype, launcher)
+
+
+def _chunks(
+    packed: Packed, dtype: torch.dtype, launcher: Launcher
+) -> Iterator[tuple[slice, Tensor]]:
+    """Runs of output features and their rows of W, decoded."""
+    step = row_step(packed)
+    row_bytes = max(packed.in_features * dtype.itemsize, 1)
+    rows = max(CHUNK_BYTES // row_bytes // step, 1) * step
+    for start in range(0, packed.out_features, rows):
+        end = min(start + rows, packed.out_features)
+        yield slice(start, end), dequantize_rows(packed, start, end, dtype, launcher)
+
+
+def linear(
+    x: Tensor, packed: Packed, bias: Tensor | None, launcher: Launcher = kernels.launch
+) -> Tensor:
+    """y [rows, out] = x [rows, in] Wᵀ + bias."""
+    check(packed)
+    y = x.new_empty((x.shape[0], packed.out_features))
+    for features, weight in _chunks(packed, x.dtype, launcher):
+        if bias is None:
+            torch.mm(x, weight.t(), out=y[:, features])
+        else:
+            torch.addmm(bias[features], x, weight.t(), out=y[:, features])
+    return y
+
+
+def linear_backward(grad: Tensor, packed: Packed, launcher: Launcher = kernels.launch) -> Tensor:
+    """dX [rows, in] = dY [rows, out] W."""
+    check(packed)
+    grad_x = grad.new_zeros((grad.shape[0], packed.in_features))
+    for features, weight in _chunks(packed, grad.dtype, launcher):
+        grad_x.addmm_(grad[:, features], weight)
+    return grad_x
+
+
+def lora_linear(
+    x: Tensor,
+    packed: Packed,
+    low_rank: LowRank,
+    bias: Tensor | None,
+    launcher: Launcher = kernels.launch,
+) -> tuple[Tensor, Tensor]:
+    """y = x Wᵀ + hidden Bᵀ + bias and hidden = scaling x Aᵀ."""
+    y = linear(x, packed, bias, launcher)
+    hidden = (x @ low_rank.lora_a.to(x.dtype).t()).mul_(low_rank.scaling)
+    return y.addmm_(hidden, low_rank.lora_b.to(x.dtype).t()), hidden
+
+
+def lora_linear_backward(
+    grad: Tensor,
+    x: Tensor,
+    hidden: Tensor,
+    packed: Packed,
+    low_rank: LowRank,
+    needs_x: bool,
+    launcher: Launcher = kernels.launch,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dX = dY W + g A with g = scaling dY B; dA = gᵀ x; dB = dYᵀ hidden.
+
+    Without `needs_x`, dX is empty. dA and dB come in the factors' own dtypes.
+    """
+    lora_a, lora_b, scaling = low_rank
+    grad_hidden = (grad @ lora_b.to(grad.dtype)).mul_(scaling)
+    grad_x = grad.new_empty(0)
+    if needs_x:
+        grad_x = linear_backward(grad, packed, launcher)
+        grad_x.addmm_(grad_hidden, lora_a.to(grad.dtype))
+    grad_a = (grad_hidden.t() @ x).to(lora_a.dtype)
+    return grad_x, grad_a, (grad.t() @ hidden).to(lora_b.dtype)
