@@ -64,7 +64,7 @@ class Variant(NamedTuple):
 
 
 def variants() -> list[Variant]:
-    """The kernels for blocks of 64 with double quantization, in each dtype."""
+    """The kernels for blocks of 64 with double quantization in each dtype, and the largest one."""
     dtypes = {"bf16": torch.bfloat16, "f16": torch.float16, "f32": torch.float32}
     return [
         *(
@@ -72,6 +72,8 @@ def variants() -> list[Variant]:
             for make in (kernels.quantize_nf4, kernels.dequantize_nf4)
             for name, dtype in dtypes.items()
         ),
+        # The block that a thread holds most of: 128 weights.
+        Variant("quantize_nf4 f32 4096", kernels.quantize_nf4(LAYER, torch.float32, 4096, True)),
         Variant("double_quantize", kernels.double_quantize(LAYER // 64)),
     ]
 
