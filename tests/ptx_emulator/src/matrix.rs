@@ -1,0 +1,383 @@
+//! ldmatrix, stmatrix, movmatrix, mma.sync and wmma: fragments spread over the lanes of a warp.
+
+use crate::access::lanes_per_phase;
+use crate::accumulate::{dot, sums_are_exact};
+use crate::block::{Block, Launch, lanes, optional};
+use crate::convert::element;
+use crate::counters::Counters;
+use crate::fault::Fault;
+use crate::lanes::Lanes;
+use crate::options::MatrixModel;
+use crate::program::{Multiply, Op, Slot, WmmaAccess};
+use crate::refusal::Complaint;
+use crate::rounding::{F16, Rounding, encode};
+use crate::shared::Who;
+use crate::step::resolve;
+use crate::types::{Space, Type};
+use crate::warp::Warp;
+
+/// Where an element of a fragment stands: for A (row, k), for B (k, column), for C and D (row, column).
+type Place = (usize, usize);
+
+/// Elements of one 32-bit register.
+fn per_register(kind: Type) -> usize {
+    (4 / kind.bytes()).max(1)
+}
+
+/// Place of element `e` (counted over the registers) of an mma.sync operand in `lane`.
+fn mma_place(role: char, kind: Type, lane: usize, e: usize) -> Place {
+    let (group, thread) = (lane / 4, lane % 4);
+    let per = per_register(kind);
+    let (register, part) = (e / per, e % per);
+    match role {
+        'a' => (group + 8 * (register & 1), per * thread + part + 4 * per * (register >> 1)),
+        'b' => (per * thread + part + 4 * per * register, group),
+        // Accumulators of f32 and s32 come one to a register, of f16 two.
+        _ => {
+            let pair = e / 2;
+            (group + 8 * pair, 2 * thread + e % 2)
+        }
+    }
+}
+
+/// wmma fragments are opaque to programs: here their elements follow each other row by row, lane by lane.
+/// Fragments with twice the room hold everything twice, as on the hardware.
+fn wmma_place(columns: usize, elements: usize, total: usize, lane: usize, e: usize) -> Place {
+    let linear = (lane * elements + e) % total;
+    (linear / columns, linear % columns)
+}
+
+struct Shape {
+    role: char,
+    kind: Type,
+    rows: usize,
+    columns: usize,
+    wmma: bool,
+}
+
+impl Shape {
+    fn place(&self, registers: usize, lane: usize, e: usize) -> Place {
+        if self.wmma {
+            let elements = registers * per_register(self.kind);
+            wmma_place(self.columns, elements, self.rows * self.columns, lane, e)
+        } else {
+            mma_place(self.role, self.kind, lane, e)
+        }
+    }
+}
+
+fn element_bits(word: u64, kind: Type, part: usize) -> u64 {
+    if kind.bytes() >= 4 {
+        word
+    } else {
+        word >> (kind.bits() as usize * part) & (u64::MAX >> (64 - kind.bits()))
+    }
+}
+
+/// Reads a fragment into a dense matrix, row by row.
+fn gather(warp: &Warp, registers: &[Slot], shape: &Shape, value: impl Fn(u64) -> f64, into: &mut [f64]) {
+    let per = per_register(shape.kind);
+    for (r, &register) in registers.iter().enumerate() {
+        let words = warp.get(register);
+        for lane in 0..32 {
+            for part in 0..per {
+                let (row, column) = shape.place(registers.len(), lane, r * per + part);
+                into[row * shape.columns + column] = value(element_bits(words[lane], shape.kind, part));
+            }
+        }
+    }
+}
+
+fn integer(bits: u64, kind: Type) -> f64 {
+    match kind {
+        Type::S8 => f64::from(bits as i8),
+        Type::S32 => f64::from(bits as i32),
+        Type::U32 => f64::from(bits as u32),
+        _ => f64::from(bits as u8),
+    }
+}
+
+fn product_result(sum: f64, multiply: &Multiply) -> u64 {
+    match multiply.d_kind {
+        Type::F16 => encode(sum, F16, Rounding::NearestEven),
+        Type::S32 | Type::U32 => {
+            let sum =
+                if multiply.satfinite { sum.clamp(f64::from(i32::MIN), f64::from(i32::MAX)) } else { sum };
+            u64::from(sum as i64 as u32)
+        }
+        _ if sum.is_nan() => 0x7fff_ffff,
+        _ => u64::from((sum as f32).to_bits()),
+    }
+}
+
+impl Block {
+    pub(crate) fn matrix(
+        &mut self,
+        launch: &Launch,
+        counters: &mut Counters,
+        w: usize,
+        active: u32,
+        pc: u32,
+        op: &Op,
+    ) -> Result<(), Fault> {
+        if active != u32::MAX {
+            let missing = (!active).trailing_zeros();
+            let text = format!("lane {missing} does not take part, and this instruction needs all 32");
+            return Err(Fault::new(Complaint::Collective, active.trailing_zeros(), text));
+        }
+        match op {
+            Op::Multiply(multiply) => self.multiply(launch, w, multiply),
+            Op::LoadMatrix { address, offset, space, transpose, dst } => {
+                let rows = self.rows(launch, counters, w, pc, (*space, *address, *offset), dst.len())?;
+                for (matrix, &register) in dst.iter().enumerate() {
+                    let mut out: Lanes = [0; 32];
+                    for lane in 0..32 {
+                        for half in 0..2 {
+                            let (row, column) = matrix_place(lane, half, *transpose);
+                            let at = rows[8 * matrix + row] + 2 * column;
+                            out[lane] |= self.shared.get(at, 2) << (16 * half);
+                        }
+                    }
+                    self.warps[w].set(register, &out, active, u32::MAX);
+                }
+                let who = |lane| Who { warp: w, lane, pc };
+                for (lane, &offset) in rows.iter().enumerate() {
+                    let result = self.shared.read(&self.order, who(lane), offset, 16, false);
+                    result.map_err(|fault| fault.at(lane))?;
+                }
+                Ok(())
+            }
+            Op::StoreMatrix { address, offset, space, transpose, src } => {
+                let rows = self.rows(launch, counters, w, pc, (*space, *address, *offset), src.len())?;
+                for (matrix, &register) in src.iter().enumerate() {
+                    self.warps[w].need(register, active, launch.program, "the matrix stored")?;
+                    let words = *self.warps[w].get(register);
+                    for lane in 0..32 {
+                        for half in 0..2 {
+                            let (row, column) = matrix_place(lane, half, *transpose);
+                            let at = rows[8 * matrix + row] + 2 * column;
+                            self.changed |= self.shared.put(at, 2, words[lane] >> (16 * half));
+                        }
+                    }
+                }
+                for (lane, &offset) in rows.iter().enumerate() {
+                    let who = Who { warp: w, lane, pc };
+                    let result = self.shared.write(&self.order, who, offset, 16, None, false);
+                    result.map_err(|fault| fault.at(lane))?;
+                }
+                Ok(())
+            }
+            Op::MoveMatrix { dst, src } => {
+                let warp = &mut self.warps[w];
+                warp.need(*src, active, launch.program, "the matrix moved")?;
+                let words = *warp.get(*src);
+                let mut out: Lanes = [0; 32];
+                for lane in 0..32 {
+                    for half in 0..2 {
+                        // Element (row, column) of the result is element (column, row) of the source.
+                        let (row, column) = matrix_place(lane, half, false);
+                        let from = words[4 * column + row / 2] >> (16 * (row % 2)) & 0xffff;
+                        out[lane] |= from << (16 * half);
+                    }
+                }
+                warp.set(*dst, &out, active, u32::MAX);
+                Ok(())
+            }
+            Op::WmmaLoad(access) => self.wmma_load(launch, w, pc, access),
+            Op::WmmaStore(access) => self.wmma_store(launch, w, pc, access),
+            _ => Ok(()),
+        }
+    }
+
+    /// Offsets of the rows that ldmatrix or stmatrix names, eight for each matrix.
+    fn rows(
+        &mut self,
+        launch: &Launch,
+        counters: &mut Counters,
+        w: usize,
+        pc: u32,
+        (space, slot, offset): (Space, Slot, i64),
+        matrices: usize,
+    ) -> Result<Vec<usize>, Fault> {
+        let named = u32::MAX >> (32 - 8 * matrices);
+        let warp = &self.warps[w];
+        warp.need(slot, named, launch.program, "the address of a row")?;
+        let addresses = *warp.get(slot);
+        let mut rows = Vec::with_capacity(32);
+        for lane in lanes(named) {
+            let (space, address) = resolve(space, addresses[lane].wrapping_add(offset as u64));
+            if space != Space::Shared {
+                let text = format!("address {address:#x} is not in shared memory");
+                return Err(Fault::new(Complaint::OutOfBounds, lane as u32, text));
+            }
+            rows.push(self.shared.locate(address, 16).map_err(|fault| fault.at(lane))?);
+        }
+        let accesses: Vec<(usize, usize)> = rows.iter().copied().enumerate().collect();
+        counters.counts[pc as usize].shared_access(&accesses, 16, lanes_per_phase(16));
+        Ok(rows)
+    }
+
+    fn multiply(&mut self, launch: &Launch, w: usize, multiply: &Multiply) -> Result<(), Fault> {
+        let Multiply { m, n, k, a_kind, b_kind, c_kind, d_kind, wmma, .. } = *multiply;
+        let warp = &mut self.warps[w];
+        for (slots, what) in
+            [(&multiply.a, "operand A"), (&multiply.b, "operand B"), (&multiply.c, "operand C")]
+        {
+            for &slot in slots {
+                warp.need(slot, u32::MAX, launch.program, what)?;
+            }
+        }
+        let shape = |role, kind, rows, columns| Shape { role, kind, rows, columns, wmma };
+        let is_integer = !a_kind.is_float();
+        let read =
+            |kind: Type| move |bits: u64| if is_integer { integer(bits, kind) } else { element(bits, kind) };
+        let (mut a, mut b, mut c) = ([0.0; 512], [0.0; 512], [0.0; 1024]);
+        gather(warp, &multiply.a, &shape('a', a_kind, m, k), read(a_kind), &mut a);
+        gather(warp, &multiply.b, &shape('b', b_kind, k, n), read(b_kind), &mut b);
+        gather(warp, &multiply.c, &shape('c', c_kind, m, n), read(c_kind), &mut c);
+        let (a, b, c) = (&a[..m * k], &b[..k * n], &mut c[..m * n]);
+        let model = if is_integer { MatrixModel::Exact } else { launch.options.matrix_model };
+        if model == MatrixModel::Exact && sums_are_exact(a, b, c, k) {
+            for row in 0..m {
+                let sums = &mut c[row * n..(row + 1) * n];
+                for (i, &x) in a[row * k..(row + 1) * k].iter().enumerate() {
+                    for (sum, &y) in sums.iter_mut().zip(&b[i * n..(i + 1) * n]) {
+                        *sum += x * y;
+                    }
+                }
+            }
+        } else {
+            let mut column = [0.0; 64];
+            for j in 0..n {
+                for i in 0..k {
+                    column[i] = b[i * n + j];
+                }
+                for row in 0..m {
+                    let sum = c[row * n + j];
+                    c[row * n + j] =
+                        dot(model, &a[row * k..(row + 1) * k], &column[..k], sum, a_kind.bytes());
+                }
+            }
+        }
+        let result = shape('d', d_kind, m, n);
+        let per = per_register(d_kind);
+        for (r, &register) in multiply.d.iter().enumerate() {
+            let mut out: Lanes = [0; 32];
+            for lane in 0..32 {
+                for part in 0..per {
+                    let (row, column) = result.place(multiply.d.len(), lane, r * per + part);
+                    out[lane] |=
+                        product_result(c[row * n + column], multiply) << (d_kind.bits() as usize * part % 32);
+                }
+            }
+            warp.set(register, &out, u32::MAX, u32::MAX);
+        }
+        Ok(())
+    }
+
+    /// Address of each element of a wmma fragment: lane by lane, with register and part.
+    fn wmma_addresses(
+        &self,
+        launch: &Launch,
+        w: usize,
+        access: &WmmaAccess,
+    ) -> Result<Vec<(usize, usize, usize, u64)>, Fault> {
+        let warp = &self.warps[w];
+        warp.need(access.address, u32::MAX, launch.program, "the address of the matrix")?;
+        let (rows, columns) = match access.role {
+            'a' => (access.m, access.k),
+            'b' => (access.k, access.n),
+            _ => (access.m, access.n),
+        };
+        let stride = match optional(access.stride) {
+            Some(slot) => {
+                warp.need(slot, u32::MAX, launch.program, "the leading dimension")?;
+                warp.get(slot)[0]
+            }
+            None => (if access.row_major { columns } else { rows }) as u64,
+        };
+        let base = warp.get(access.address)[0].wrapping_add(access.offset as u64);
+        if base % 16 != 0 {
+            let text = format!("address {base:#x} of the matrix is no multiple of 16");
+            return Err(Fault::new(Complaint::Misaligned, 0, text));
+        }
+        let per = per_register(access.kind);
+        let elements = access.registers.len() * per;
+        let mut all = Vec::with_capacity(32 * elements);
+        for lane in 0..32 {
+            for e in 0..elements {
+                let (row, column) = wmma_place(columns, elements, rows * columns, lane, e);
+                let (major, minor) = if access.row_major { (row, column) } else { (column, row) };
+                let index = major as u64 * stride + minor as u64;
+                let address = base.wrapping_add(index * access.kind.bytes() as u64);
+                all.push((lane, e / per, e % per, address));
+            }
+        }
+        Ok(all)
+    }
+
+    fn wmma_load(&mut self, launch: &Launch, w: usize, pc: u32, access: &WmmaAccess) -> Result<(), Fault> {
+        let bytes = access.kind.bytes();
+        let mut out = vec![[0u64; 32]; access.registers.len()];
+        let mut hint = 0;
+        for (lane, register, part, address) in self.wmma_addresses(launch, w, access)? {
+            let fail = |fault: Fault| fault.at(lane);
+            let (space, address) = resolve(access.space, address);
+            let value = if space == Space::Shared {
+                let offset = self.shared.locate(address, bytes).map_err(fail)?;
+                self.shared
+                    .read(&self.order, Who { warp: w, lane, pc }, offset, bytes, false)
+                    .map_err(fail)?;
+                self.shared.get(offset, bytes)
+            } else {
+                let buffer = launch.memory.find(address, bytes, false, &mut hint).map_err(fail)?;
+                if !buffer.is_defined(address, bytes) {
+                    let text = format!(
+                        "read of `{}` + {}, which nothing has written",
+                        buffer.name,
+                        address - buffer.base
+                    );
+                    return Err(Fault::new(Complaint::Uninitialised, lane as u32, text));
+                }
+                buffer.touch(address, bytes, false);
+                buffer.read(address, bytes)
+            };
+            out[register][lane] |= value << (8 * bytes * part);
+        }
+        for (&register, values) in access.registers.iter().zip(&out) {
+            self.warps[w].set(register, values, u32::MAX, u32::MAX);
+        }
+        Ok(())
+    }
+
+    fn wmma_store(&mut self, launch: &Launch, w: usize, pc: u32, access: &WmmaAccess) -> Result<(), Fault> {
+        let bytes = access.kind.bytes();
+        for &register in &access.registers {
+            self.warps[w].need(register, u32::MAX, launch.program, "the matrix stored")?;
+        }
+        let mut hint = 0;
+        for (lane, register, part, address) in self.wmma_addresses(launch, w, access)? {
+            let fail = |fault: Fault| fault.at(lane);
+            let word = self.warps[w].get(access.registers[register])[lane];
+            let value = word >> (8 * bytes * part) & (u64::MAX >> (64 - 8 * bytes));
+            let (space, address) = resolve(access.space, address);
+            if space == Space::Shared {
+                let offset = self.shared.locate(address, bytes).map_err(fail)?;
+                let who = Who { warp: w, lane, pc };
+                self.shared.write(&self.order, who, offset, bytes, Some(value), false).map_err(fail)?;
+                self.changed |= self.shared.put(offset, bytes, value);
+            } else {
+                let buffer = launch.memory.find(address, bytes, true, &mut hint).map_err(fail)?;
+                self.changed |= buffer.write(address, bytes, value);
+                buffer.touch(address, bytes, true);
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Row and column of half `half` of a lane's register in an 8 x 8 matrix of 16-bit elements.
+fn matrix_place(lane: usize, half: usize, transpose: bool) -> Place {
+    let (a, b) = (lane / 4, 2 * (lane % 4) + half);
+    if transpose { (b, a) } else { (a, b) }
+}
