@@ -4,8 +4,8 @@
 //
 //   a CTA      = one tile of TILE weights; its absmax are decoded once, into shared memory
 //   one thread = 16 bytes of output per step; a warp reads and writes whole sectors in a row
-//   bound      : bytes, 0.516 read and 2 written per bfloat16 weight; the map and the ends of a tile's
-//                statistics add less than 1.3 % of a full tile's bytes
+//   bound      : bytes, 0.516 read and 2 written per bfloat16 weight; the map and what else a tile
+//                reads again add 1.3 % to a large tile
 //
 // Shared loads never conflict: 16 levels lie in 16 banks, neighbouring threads read neighbouring absmax,
 // and random entries of the map are not read from shared memory but shuffled between registers.
@@ -15,6 +15,7 @@
 constexpr int THREADS = 256;
 constexpr int BLOCKS = TILE / BLOCK_SIZE;  // blocks per tile
 constexpr int NESTED_BLOCK = 256;
+constexpr int GROUPS = (BLOCKS + NESTED_BLOCK - 1) / NESTED_BLOCK + 1;  // groups that a tile may touch
 constexpr int UNROLL = 4;                  // loads in flight per thread
 static_assert(TILE % (THREADS * VECTOR * UNROLL) == 0, "every thread takes the same number of steps");
 static_assert(TILE % BLOCK_SIZE == 0, "blocks do not cross tiles");
@@ -66,13 +67,21 @@ extern "C" __global__ void __launch_bounds__(THREADS) dequantize_nf4(
 #if DOUBLE_QUANT
     // Lane l holds entries l, l + 32, ... of the map.
     __shared__ float map_shared[256];
+    __shared__ float nested_shared[GROUPS];
+    __shared__ float offset_shared;
     map_shared[threadIdx.x] = nested_map[threadIdx.x];
+    const long long first_group = first_block / NESTED_BLOCK;
+    const long long last_block = first_block + (min(left, static_cast<long long>(TILE)) - 1) / BLOCK_SIZE;
+    if (threadIdx.x < GROUPS && first_group + threadIdx.x <= last_block / NESTED_BLOCK) {
+        nested_shared[threadIdx.x] = nested_absmax[first_group + threadIdx.x];
+    }
+    if (threadIdx.x == 0) offset_shared = nested_offset[0];
     __syncthreads();
     const int lane = threadIdx.x % 32;
     float map[8];
 #pragma unroll
     for (int i = 0; i < 8; ++i) map[i] = map_shared[32 * i + lane];
-    const float offset = nested_offset[0];
+    const float offset = offset_shared;
 #pragma unroll 1
     for (int i = threadIdx.x; i - lane < BLOCKS; i += THREADS) {  // whole warps: they shuffle
         const bool mine = i < BLOCKS && static_cast<long long>(i) * BLOCK_SIZE < left;
@@ -86,7 +95,8 @@ extern "C" __global__ void __launch_bounds__(THREADS) dequantize_nf4(
         }
         if (mine) {
             // Two roundings, as on the CPU; a fused multiply-add would differ in the last bit.
-            absmax_shared[i] = __fadd_rn(__fmul_rn(entry, nested_absmax[block / NESTED_BLOCK]), offset);
+            const float nested = nested_shared[block / NESTED_BLOCK - first_group];
+            absmax_shared[i] = __fadd_rn(__fmul_rn(entry, nested), offset);
         }
     }
 #else

@@ -75,20 +75,21 @@ def unpack(packed: np.ndarray, count: int) -> np.ndarray:
     return np.stack([packed >> 4, packed & 15], axis=1).reshape(-1)[:count]
 
 
+def nearest_float32(value: Fraction) -> np.float32:
+    """Rounded once, ties to an even last bit; below the largest float32."""
+    guess = np.float32(float(value))
+    sides = [np.nextafter(guess, np.float32(side)) for side in (-np.inf, np.inf)]
+    candidates = [c for c in (guess, *sides) if np.isfinite(c)]
+
+    def distance(c: np.float32) -> tuple[Fraction, int]:
+        return abs(Fraction(float(c)) - value), int(c.view(np.uint32)) % 2
+
+    return min(candidates, key=distance)
+
+
 def exact_mean(values: np.ndarray) -> np.float32:
-    """The mean in rational arithmetic, rounded once to float32, ties to an even last bit."""
-    mean = sum(map(Fraction, values.tolist()), Fraction(0)) / max(values.size, 1)
-    guess = np.float32(float(mean))
-    near = [
-        np.nextafter(guess, np.float32(-np.inf)),
-        guess,
-        np.nextafter(guess, np.float32(np.inf)),
-    ]
-    finite = [value for value in near if np.isfinite(value)]
-    return min(
-        finite,
-        key=lambda value: (abs(Fraction(float(value)) - mean), int(value.view(np.uint32)) % 2),
-    )
+    """The mean in rational arithmetic, rounded once to float32."""
+    return nearest_float32(sum(map(Fraction, values.tolist()), Fraction(0)) / max(values.size, 1))
 
 
 def nearest(values: np.ndarray, table: np.ndarray) -> np.ndarray:
