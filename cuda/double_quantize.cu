@@ -12,6 +12,9 @@ constexpr int GROUP = 256;
 constexpr int LIMBS = 10;  // 32-bit limbs of a sum: 254 exponents + 24 bits + 32 bits of count < 320
 static_assert(THREADS / 32 == GROUPS_PER_CTA, "the host counts CTAs by this number");
 
+// Where bin s lies in shared memory: ten threads read every 32nd one without bank conflicts.
+__device__ __forceinline__ int place(int s) { return s + s / 32; }
+
 // One 32-bit limb's share of the sum of bins[s] * 2^s, before carries: bins 32 i to 32 i + 31.
 // bins < 2^(24 + 32), so the share is below 2^88.
 __device__ __forceinline__ void share_of_limb(
@@ -20,7 +23,7 @@ __device__ __forceinline__ void share_of_limb(
     low = high = 0;
 #pragma unroll 4
     for (int i = 0; i < 32 && 32 * limb + i < 254; ++i) {
-        const unsigned long long bin = bins[32 * limb + i], shifted = bin << i;
+        const unsigned long long bin = bins[place(32 * limb + i)], shifted = bin << i;
         low += shifted;
         high += (i ? bin >> (64 - i) : 0) + (low < shifted ? 1 : 0);
     }
@@ -74,12 +77,12 @@ extern "C" __global__ void __launch_bounds__(THREADS) double_quantize(
     float* __restrict__ nested_offset               // [1]
 ) {
     __shared__ float midpoints[256];
-    __shared__ unsigned long long bins[256];
+    __shared__ unsigned long long bins[256 + 256 / 32];
     __shared__ unsigned long long low[LIMBS], high[LIMBS];
     __shared__ unsigned sum[LIMBS];
     __shared__ float offset_shared;
     midpoints[threadIdx.x] = __uint_as_float(NESTED_MIDPOINTS[threadIdx.x]);
-    bins[threadIdx.x] = threadIdx.x < 254 ? sums[threadIdx.x] : 0;
+    bins[place(threadIdx.x)] = threadIdx.x < 254 ? sums[threadIdx.x] : 0;
     __syncthreads();
     // Every CTA computes the same offset: cheaper than a launch or a wait between CTAs.
     if (threadIdx.x < LIMBS) share_of_limb(bins, threadIdx.x, low[threadIdx.x], high[threadIdx.x]);

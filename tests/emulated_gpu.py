@@ -27,15 +27,28 @@ SCHEDULES = ("ascending", "descending", "ahead", *(f"random:{seed}" for seed in 
 
 
 @functools.cache
+def _module(_text: str, *compiled: Any) -> Module:
+    return Module(kernels.compile_kernel(*compiled).ptx)
+
+
 def module(kernel: str, constants: tuple[tuple[str, str], ...], architecture: int) -> Module:
     """A kernel as NVRTC compiles it."""
-    return Module(kernels.compile_kernel(kernel, constants, architecture).ptx)
+    return _module(repr(kernels._source(kernel)), kernel, constants, architecture)
 
 
 def as_array(tensor: Tensor) -> np.ndarray:
     """The tensor's bytes; numpy has no bfloat16."""
     flat = tensor.detach().reshape(-1)
     return (flat.view(torch.int16) if flat.dtype == torch.bfloat16 else flat).numpy()
+
+
+def sums_of_mantissas(absmax: np.ndarray) -> np.ndarray:
+    """What quantize_nf4.cu adds up: float32 mantissas, one sum for each exponent."""
+    bits = absmax.view(np.uint32).astype(np.int64)
+    exponent, fraction = bits >> 23, bits & 0x7FFFFF
+    sums = np.zeros(254, np.int64)
+    np.add.at(sums, np.maximum(exponent - 1, 0), fraction + ((exponent > 0) << 23))
+    return sums
 
 
 class EmulatedGPU:

@@ -9,7 +9,7 @@ import pytest
 import reference
 import strategies
 import torch
-from emulated_gpu import SCHEDULES, EmulatedGPU, module
+from emulated_gpu import SCHEDULES, EmulatedGPU, module, sums_of_mantissas
 from hypothesis import assume, given
 from hypothesis import strategies as st
 from ptx_emulator import inout, output, window
@@ -162,14 +162,6 @@ def test_in_a_graph_that_refuses_nothing_a_bad_weight_never_decodes_to_numbers(
 
 
 # ---- double quantization -------------------------------------------------------------------------
-
-
-def sums_of_mantissas(absmax: np.ndarray) -> np.ndarray:
-    bits = absmax.view(np.uint32).astype(np.int64)
-    exponent, fraction = bits >> 23, bits & 0x7FFFFF
-    sums = np.zeros(254, np.int64)
-    np.add.at(sums, np.maximum(exponent - 1, 0), fraction + ((exponent > 0) << 23))
-    return sums
 
 
 @given(

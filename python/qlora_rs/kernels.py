@@ -33,7 +33,15 @@ NESTED_GROUPS_PER_CTA = THREADS // 32
 OLDEST_ARCHITECTURE = 80
 # The format's arithmetic is IEEE: subnormal numbers kept, divisions rounded to nearest, products
 # and sums rounded one by one unless a kernel asks for a fused multiply-add.
-OPTIONS = ("--std=c++17", "--fmad=false", "--ftz=false", "--prec-div=true", "--prec-sqrt=true")
+OPTIONS = (
+    "--std=c++17",
+    "--fmad=false",
+    "--ftz=false",
+    "--prec-div=true",
+    "--prec-sqrt=true",
+    # For profilers, compute-sanitizer and the emulator: which line an instruction comes from.
+    "--generate-line-info",
+)
 _FLOATS = {torch.float32: "32", torch.float16: "16", torch.bfloat16: "0x16B"}
 
 
