@@ -4,6 +4,7 @@ use crate::async_copy::Pipeline;
 use crate::counters::Counters;
 use crate::fault::Fault;
 use crate::global::Memory;
+use crate::matrix::Scratch;
 use crate::options::{Options, Schedule};
 use crate::order::Order;
 use crate::program::{NONE, Op, Program, Reduction, Slot, Special};
@@ -62,6 +63,7 @@ pub(crate) struct Block {
     pub(crate) order: Order,
     pub(crate) pipelines: Vec<Pipeline>,
     pub(crate) barriers: Vec<BarrierState>,
+    pub(crate) scratch: Box<Scratch>,
     /// Memory changed, a barrier opened or a thread ended since the last look.
     pub(crate) changed: bool,
     /// The same for the slice that ended last.
@@ -88,6 +90,7 @@ impl Block {
             order: Order::default(),
             pipelines: Vec::new(),
             barriers: Vec::new(),
+            scratch: Box::default(),
             changed: true,
             changed_in_slice: true,
             issued: 0,
