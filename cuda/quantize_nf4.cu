@@ -33,7 +33,7 @@ static_assert(BLOCKS == BLOCKS_PER_CTA, "the host counts CTAs by this number");
 // higher cells do not, and the own cell's is compared. Adding 2^23 rounds to an integer, whose
 // bits 2 to 6 are the cell and, as they stand, the byte offset of its entry. (rust/cuda.rs)
 __device__ __forceinline__ unsigned nearest_code(float x, const unsigned* cells) {
-    const unsigned offset = __float_as_uint(__fmaf_rn(x, CELL_SCALE, CELL_OFFSET)) & 124u;
+    const unsigned offset = __float_as_uint(__fmaf_rn(x, CELL_SCALE, CELL_OFFSET)) & 0x7cu;
     const unsigned* cell = cells + offset / 4;
     return cell[32] + (x > __uint_as_float(cell[0]) ? 1u : 0u);
 }

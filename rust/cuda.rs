@@ -28,7 +28,7 @@ mod tests {
 
     /// The cell of a scaled weight, computed as `quantize_nf4.cu` does. Never decreasing in x.
     fn cell(x: f32) -> usize {
-        (x.mul_add(CELL_SCALE, CELL_OFFSET).to_bits() & 124) as usize / 4
+        (x.mul_add(CELL_SCALE, CELL_OFFSET).to_bits() & 0x7c) as usize / 4
     }
 
     /// For each cell its boundary (infinity if it has none) and the code below that boundary.

@@ -74,7 +74,7 @@ MUTANTS = (
         "collective",
     ),
     quantize("ties go up", "(x > __uint_as_float", "(x >= __uint_as_float"),
-    quantize("cells off by one", "offset / 4;", "(offset + 4 & 124u) / 4;"),
+    quantize("cells off by one", "offset / 4;", "(offset + 4 & 0x7cu) / 4;"),
     quantize(
         "a zero block divides by zero",
         "__frcp_rn(fmaxf(scale, SMALLEST_ABSMAX))",

@@ -4,12 +4,14 @@ use crate::async_copy::Pipeline;
 use crate::counters::Counters;
 use crate::fault::Fault;
 use crate::global::Memory;
+use crate::matrix::Scratch;
 use crate::options::{Options, Schedule};
 use crate::order::Order;
 use crate::program::{NONE, Op, Program, Reduction, Slot, Special};
 use crate::refusal::{Complaint, Refusal};
 use crate::shared::Shared;
-use crate::warp::{Wait, Warp};
+use crate::warp::{Group, Wait, Warp};
+use std::collections::HashSet;
 use std::hash::{DefaultHasher, Hash, Hasher};
 
 /// What every block of a launch shares.
@@ -62,14 +64,15 @@ pub(crate) struct Block {
     pub(crate) order: Order,
     pub(crate) pipelines: Vec<Pipeline>,
     pub(crate) barriers: Vec<BarrierState>,
+    pub(crate) scratch: Box<Scratch>,
     /// Memory changed, a barrier opened or a thread ended since the last look.
     pub(crate) changed: bool,
     /// The same for the slice that ended last.
     pub(crate) changed_in_slice: bool,
     pub(crate) issued: u64,
     random: u64,
-    /// Hashes of past states since the last change.
-    past: Vec<u64>,
+    /// Past states of groups since the last change: warp, lanes, and a hash of program counter and registers.
+    past: HashSet<(usize, u32, u64)>,
     /// Changes to memory that all blocks had made when `past` began.
     pub(crate) changes_seen: u64,
 }
@@ -88,11 +91,12 @@ impl Block {
             order: Order::default(),
             pipelines: Vec::new(),
             barriers: Vec::new(),
+            scratch: Box::default(),
             changed: true,
             changed_in_slice: true,
             issued: 0,
             random: 0,
-            past: Vec::new(),
+            past: HashSet::new(),
             changes_seen: 0,
         }
     }
@@ -177,6 +181,8 @@ impl Block {
     /// Runs until the block ends or a slice is used up.
     pub(crate) fn run(&mut self, launch: &Launch, counters: &mut Counters) -> Result<Progress, Refusal> {
         let start = self.issued;
+        // A block that changed nothing last time may be waiting: look at it more often.
+        let slice = if self.changed_in_slice { SLICE } else { SLICE / 10 };
         loop {
             let mut advanced = false;
             for turn in 0..self.warps.len() {
@@ -198,11 +204,12 @@ impl Block {
                 }
                 return Err(self.stuck(launch));
             }
-            if self.issued - start > SLICE {
+            if self.issued - start > slice {
                 if self.issued > launch.options.instruction_limit {
+                    let [x, y, z] = self.position;
                     let text = format!(
-                        "kernel `{}`, block {:?}: more than {} warp instructions; raise `instruction_limit` if that is right",
-                        launch.program.name, self.position, launch.options.instruction_limit
+                        "kernel `{}`, block ({x}, {y}, {z}): more than {} warp instructions; raise `instruction_limit` if that is right",
+                        launch.program.name, launch.options.instruction_limit
                     );
                     return Err(Refusal::new(Complaint::Limit, text));
                 }
@@ -223,25 +230,27 @@ impl Block {
         self.warps.iter().flat_map(|warp| &warp.groups).any(|group| group.wait == Wait::Ready)
     }
 
-    /// Whether the state is one that was seen before with no change to memory in between.
+    /// Whether every group that could go on is in a state that it was in before, with no change to memory in
+    /// between: then it runs in a circle. Groups touch each other through memory and collectives only.
     fn repeats(&mut self) -> bool {
         self.changed_in_slice = std::mem::take(&mut self.changed);
-        if self.changed_in_slice {
+        if self.changed_in_slice || self.past.len() > 100_000 {
             self.past.clear();
         }
-        let mut hasher = DefaultHasher::new();
-        for warp in &self.warps {
-            for group in &warp.groups {
-                (group.pc, group.mask).hash(&mut hasher);
+        let mut all = true;
+        for (w, warp) in self.warps.iter().enumerate() {
+            for group in warp.groups.iter().filter(|group| group.wait == Wait::Ready) {
+                let mut hasher = DefaultHasher::new();
+                group.pc.hash(&mut hasher);
+                for register in &warp.registers {
+                    for lane in lanes(group.mask) {
+                        register[lane].hash(&mut hasher);
+                    }
+                }
+                all &= !self.past.insert((w, group.mask, hasher.finish()));
             }
-            warp.registers.hash(&mut hasher);
         }
-        let state = hasher.finish();
-        let seen = self.past.contains(&state);
-        if self.past.len() < 256 {
-            self.past.push(state);
-        }
-        seen
+        all
     }
 
     /// Runs one warp for up to `budget` instructions; returns how many it executed.
@@ -295,12 +304,16 @@ impl Block {
 
     /// Nobody can run and not everybody has ended: says why.
     fn stuck(&self, launch: &Launch) -> Refusal {
+        // Of several that wait, the barrier of the block says most, the barrier of a warp least.
+        let rank = |group: &Group| match launch.program.insts[group.pc as usize].op {
+            Op::Barrier(_) => 0,
+            Op::WarpBarrier { .. } => 2,
+            _ => 1,
+        };
         for (w, warp) in self.warps.iter().enumerate() {
-            let Some(group) =
-                warp.groups.iter().find(|group| matches!(group.wait, Wait::Convergence | Wait::Members))
-            else {
-                continue;
-            };
+            let waiting =
+                warp.groups.iter().filter(|group| matches!(group.wait, Wait::Convergence | Wait::Members));
+            let Some(group) = waiting.min_by_key(|group| rank(group)) else { continue };
             let inst = &launch.program.insts[group.pc as usize];
             let complaint = match inst.op {
                 Op::Barrier(_) | Op::WarpBarrier { .. } => Complaint::DivergentBarrier,
@@ -341,13 +354,13 @@ impl Block {
             .iter()
             .enumerate()
             .find_map(|(w, warp)| warp.groups.first().map(|group| (w, *group)))
-            .unwrap_or((0, crate::warp::Group { pc: 0, mask: 1, wait: Wait::Ready }));
+            .unwrap_or((0, Group { pc: 0, mask: 1, wait: Wait::Ready }));
         let text = format!("no thread of the block can go on: {}", waiting.join(", "));
         let fault = Fault::new(Complaint::DivergentBarrier, group.mask.trailing_zeros(), text);
         self.refuse(launch, w, group.pc.saturating_sub(1), &fault)
     }
 
-    fn line(&self, launch: &Launch, group: &crate::warp::Group) -> u32 {
+    fn line(&self, launch: &Launch, group: &Group) -> u32 {
         let pc = if matches!(group.wait, Wait::Barrier(_)) { group.pc - 1 } else { group.pc };
         launch.program.insts[pc as usize].line
     }
@@ -372,12 +385,15 @@ impl Block {
             fault.text
         );
         if let Some(other) = fault.other {
-            message += &format!(
-                " with thread {}, which {} at {} with nothing that orders the two",
-                coordinates(other.thread),
-                other.verb,
-                program.place(other.pc)
-            );
+            let (thread, place) = (coordinates(other.thread), program.place(other.pc));
+            message += &if fault.complaint == Complaint::Race {
+                format!(
+                    " with thread {thread}, which {} at {place}, with nothing that orders the two",
+                    other.verb
+                )
+            } else {
+                format!("; thread {thread} {} at {place}", other.verb)
+            };
         }
         Refusal::new(fault.complaint, message)
     }

@@ -25,6 +25,13 @@ struct Queue {
     idle: Vec<Block>,
 }
 
+impl Queue {
+    /// The next block set aside that may go on: one not known to repeat itself in the memory as it is.
+    fn hopeful(&self) -> Option<usize> {
+        self.aside.iter().position(|aside| aside.repeats_at != Some(self.changes))
+    }
+}
+
 fn order(launch: &Launch) -> VecDeque<u64> {
     let total: u64 = launch.grid.iter().map(|&size| u64::from(size)).product();
     let mut all: Vec<u64> = launch.options.blocks.clone().unwrap_or_else(|| (0..total).collect());
@@ -89,17 +96,16 @@ fn worker(launch: &Launch, queue: &Mutex<Queue>, wake: &Condvar, counters: &mut 
             drop(state);
             block.reset(launch, index);
             block
-        } else if let Some(mut aside) = state.aside.pop_front() {
-            let changes = state.changes;
-            let hopeless = |aside: &Aside| aside.repeats_at == Some(changes);
-            if state.running == 0 && hopeless(&aside) && state.aside.iter().all(hopeless) {
-                state.refusal = Some((aside.block.index, deadlock(launch, &aside, state.aside.len())));
-                continue;
-            }
+        } else if let Some(place) = state.hopeful() {
+            let Some(mut aside) = state.aside.remove(place) else { continue };
             state.running += 1;
-            aside.block.look_afresh(changes);
+            aside.block.look_afresh(state.changes);
             drop(state);
             aside.block
+        } else if let (0, Some(aside)) = (state.running, state.aside.front()) {
+            let refusal = deadlock(launch, aside, state.aside.len() - 1);
+            state.refusal = Some((aside.block.index, refusal));
+            continue;
         } else if state.running > 0 {
             state = wake.wait(state).unwrap_or_else(PoisonError::into_inner);
             continue;

@@ -10,7 +10,7 @@ use crate::lanes::Lanes;
 use crate::options::MatrixModel;
 use crate::program::{Multiply, Op, Slot, WmmaAccess};
 use crate::refusal::Complaint;
-use crate::rounding::{F16, Rounding, encode};
+use crate::rounding::{F16, Rounding, bf16_to_f32, encode, f16_to_f32};
 use crate::shared::Who;
 use crate::step::resolve;
 use crate::types::{Space, Type};
@@ -47,44 +47,76 @@ fn wmma_place(columns: usize, elements: usize, total: usize, lane: usize, e: usi
     (linear / columns, linear % columns)
 }
 
-struct Shape {
-    role: char,
-    kind: Type,
-    rows: usize,
-    columns: usize,
-    wmma: bool,
+/// Shape of one operand of a product.
+pub(crate) struct Shape {
+    pub(crate) role: char,
+    pub(crate) kind: Type,
+    pub(crate) columns: usize,
+    /// Elements of the matrix.
+    pub(crate) total: usize,
+    pub(crate) wmma: bool,
 }
 
-impl Shape {
-    fn place(&self, registers: usize, lane: usize, e: usize) -> Place {
-        if self.wmma {
-            let elements = registers * per_register(self.kind);
-            wmma_place(self.columns, elements, self.rows * self.columns, lane, e)
-        } else {
-            mma_place(self.role, self.kind, lane, e)
-        }
-    }
-}
-
-fn element_bits(word: u64, kind: Type, part: usize) -> u64 {
-    if kind.bytes() >= 4 {
-        word
-    } else {
-        word >> (kind.bits() as usize * part) & (u64::MAX >> (64 - kind.bits()))
-    }
-}
-
-/// Reads a fragment into a dense matrix, row by row.
-fn gather(warp: &Warp, registers: &[Slot], shape: &Shape, value: impl Fn(u64) -> f64, into: &mut [f64]) {
+/// For each register, part and lane, in this order: the element's index in the dense matrix, row by row.
+pub(crate) fn places(shape: &Shape, registers: usize) -> Box<[u16]> {
     let per = per_register(shape.kind);
-    for (r, &register) in registers.iter().enumerate() {
-        let words = warp.get(register);
+    let mut all = Vec::with_capacity(registers * per * 32);
+    for e in 0..registers * per {
         for lane in 0..32 {
-            for part in 0..per {
-                let (row, column) = shape.place(registers.len(), lane, r * per + part);
-                into[row * shape.columns + column] = value(element_bits(words[lane], shape.kind, part));
-            }
+            let (row, column) = if shape.wmma {
+                wmma_place(shape.columns, registers * per, shape.total, lane, e)
+            } else {
+                mma_place(shape.role, shape.kind, lane, e)
+            };
+            all.push((row * shape.columns + column) as u16);
         }
+    }
+    all.into()
+}
+
+/// Dense operands of the product at hand.
+pub(crate) struct Scratch {
+    a: [f64; 512],
+    b: [f64; 512],
+    c: [f64; 1024],
+}
+
+impl Default for Scratch {
+    fn default() -> Self {
+        Self { a: [0.0; 512], b: [0.0; 512], c: [0.0; 1024] }
+    }
+}
+
+/// Reads a fragment into a dense matrix.
+#[inline]
+fn gather(
+    warp: &Warp,
+    registers: &[Slot],
+    places: &[u16],
+    kind: Type,
+    value: impl Fn(u64) -> f64,
+    into: &mut [f64],
+) {
+    let per = per_register(kind);
+    let bits = kind.bits().min(32) as usize;
+    let mask = u64::MAX >> (64 - bits);
+    for (e, lanes) in places.chunks_exact(32).enumerate() {
+        let words = warp.get(registers[e / per]);
+        let shift = bits * (e % per);
+        for lane in 0..32 {
+            into[usize::from(lanes[lane])] = value(words[lane] >> shift & mask);
+        }
+    }
+}
+
+/// Reads a fragment of any type.
+fn gather_any(warp: &Warp, registers: &[Slot], places: &[u16], kind: Type, into: &mut [f64]) {
+    match kind {
+        Type::Bf16 => gather(warp, registers, places, kind, |x| f64::from(bf16_to_f32(x as u16)), into),
+        Type::F16 => gather(warp, registers, places, kind, |x| f64::from(f16_to_f32(x as u16)), into),
+        Type::F32 => gather(warp, registers, places, kind, |x| f64::from(f32::from_bits(x as u32)), into),
+        kind if kind.is_float() => gather(warp, registers, places, kind, |x| element(x, kind), into),
+        kind => gather(warp, registers, places, kind, |x| integer(x, kind), into),
     }
 }
 
@@ -218,7 +250,7 @@ impl Block {
     }
 
     fn multiply(&mut self, launch: &Launch, w: usize, multiply: &Multiply) -> Result<(), Fault> {
-        let Multiply { m, n, k, a_kind, b_kind, c_kind, d_kind, wmma, .. } = *multiply;
+        let Multiply { m, n, k, a_kind, b_kind, c_kind, d_kind, .. } = *multiply;
         let warp = &mut self.warps[w];
         for (slots, what) in
             [(&multiply.a, "operand A"), (&multiply.b, "operand B"), (&multiply.c, "operand C")]
@@ -227,15 +259,13 @@ impl Block {
                 warp.need(slot, u32::MAX, launch.program, what)?;
             }
         }
-        let shape = |role, kind, rows, columns| Shape { role, kind, rows, columns, wmma };
         let is_integer = !a_kind.is_float();
-        let read =
-            |kind: Type| move |bits: u64| if is_integer { integer(bits, kind) } else { element(bits, kind) };
-        let (mut a, mut b, mut c) = ([0.0; 512], [0.0; 512], [0.0; 1024]);
-        gather(warp, &multiply.a, &shape('a', a_kind, m, k), read(a_kind), &mut a);
-        gather(warp, &multiply.b, &shape('b', b_kind, k, n), read(b_kind), &mut b);
-        gather(warp, &multiply.c, &shape('c', c_kind, m, n), read(c_kind), &mut c);
-        let (a, b, c) = (&a[..m * k], &b[..k * n], &mut c[..m * n]);
+        let scratch = &mut *self.scratch;
+        let (a, b, c) = (&mut scratch.a[..m * k], &mut scratch.b[..k * n], &mut scratch.c[..m * n]);
+        gather_any(warp, &multiply.a, &multiply.a_places, a_kind, a);
+        gather_any(warp, &multiply.b, &multiply.b_places, b_kind, b);
+        gather_any(warp, &multiply.c, &multiply.c_places, c_kind, c);
+        let (a, b) = (&*a, &*b);
         let model = if is_integer { MatrixModel::Exact } else { launch.options.matrix_model };
         if model == MatrixModel::Exact && sums_are_exact(a, b, c, k) {
             for row in 0..m {
@@ -259,15 +289,14 @@ impl Block {
                 }
             }
         }
-        let result = shape('d', d_kind, m, n);
         let per = per_register(d_kind);
         for (r, &register) in multiply.d.iter().enumerate() {
             let mut out: Lanes = [0; 32];
-            for lane in 0..32 {
-                for part in 0..per {
-                    let (row, column) = result.place(multiply.d.len(), lane, r * per + part);
-                    out[lane] |=
-                        product_result(c[row * n + column], multiply) << (d_kind.bits() as usize * part % 32);
+            for part in 0..per {
+                let places = &multiply.d_places[32 * (r * per + part)..][..32];
+                for lane in 0..32 {
+                    let bits = product_result(c[usize::from(places[lane])], multiply);
+                    out[lane] |= bits << (d_kind.bits() as usize * part % 32);
                 }
             }
             warp.set(register, &out, u32::MAX, u32::MAX);

@@ -157,8 +157,6 @@ pub(crate) struct Access {
     /// Width in bits of the registers, for sign extension.
     pub(crate) register_bits: u32,
     pub(crate) strength: Strength,
-    /// `ld.global.nc`: the data must not be written by this launch.
-    pub(crate) non_coherent: bool,
 }
 
 /// The operation of an atomic.
@@ -189,7 +187,6 @@ pub(crate) struct Atomic {
     pub(crate) values: Box<[Slot]>,
     pub(crate) swap: Slot,
     pub(crate) strength: Strength,
-    pub(crate) ftz: bool,
 }
 
 /// Which value a lane receives in a shuffle.
@@ -229,8 +226,11 @@ pub(crate) struct Multiply {
     pub(crate) b_kind: Type,
     pub(crate) c_kind: Type,
     pub(crate) d_kind: Type,
-    /// wmma fragments instead of mma.sync ones.
-    pub(crate) wmma: bool,
+    /// Where each element of the fragments stands (see `matrix::places`).
+    pub(crate) a_places: Box<[u16]>,
+    pub(crate) b_places: Box<[u16]>,
+    pub(crate) c_places: Box<[u16]>,
+    pub(crate) d_places: Box<[u16]>,
     /// Saturating integer accumulation.
     pub(crate) satfinite: bool,
     pub(crate) a: Box<[Slot]>,

@@ -232,7 +232,7 @@ impl Shared {
             "{verb} of shared offset {}, which a cp.async still fills ({state})",
             granule << self.shift
         );
-        let other = Some(Other { thread: u32::from(writer.thread), pc: writer.pc, verb: "copies into it" });
+        let other = Some(Other { thread: u32::from(writer.thread), pc: writer.pc, verb: "started the copy" });
         Fault { complaint: Complaint::AsyncInFlight, lane: 0, text, other }
     }
 }

@@ -1,7 +1,8 @@
 //! Instructions of the tensor cores: ldmatrix, stmatrix, movmatrix, mma, wmma.
 
 use super::{Decoder, Frame, Opcode};
-use crate::program::{Class, Multiply, NONE, Op, WmmaAccess};
+use crate::matrix::{Shape, places};
+use crate::program::{Class, Multiply, NONE, Op, Slot, WmmaAccess};
 use crate::refusal::Refusal;
 use crate::syntax::{Instruction, Operand};
 use crate::types::{Space, Type};
@@ -110,7 +111,39 @@ impl Decoder<'_> {
         let b = self.operand_list(frame, &operands[2], Type::B32, opcode)?;
         let c = self.operand_list(frame, &operands[3], c_kind, opcode)?;
         let satfinite = opcode.has("satfinite");
-        Ok(Op::Multiply(Multiply { m, n, k, a_kind, b_kind, c_kind, d_kind, wmma, satfinite, a, b, c, d }))
+        let fragment = |role, kind, columns, total, slots: &[Slot]| {
+            places(&Shape { role, kind, columns, total, wmma }, slots.len())
+        };
+        let a_places = fragment('a', a_kind, k, m * k, &a);
+        let b_places = fragment('b', b_kind, n, k * n, &b);
+        let c_places = fragment('c', c_kind, n, m * n, &c);
+        let d_places = fragment('d', d_kind, n, m * n, &d);
+        let whole = |places: &[u16], total: usize| places.iter().all(|&place| usize::from(place) < total);
+        if !whole(&a_places, m * k)
+            || !whole(&b_places, k * n)
+            || !whole(&c_places, m * n)
+            || !whole(&d_places, m * n)
+        {
+            return opcode.unknown(" with this number of registers");
+        }
+        Ok(Op::Multiply(Multiply {
+            m,
+            n,
+            k,
+            a_kind,
+            b_kind,
+            c_kind,
+            d_kind,
+            a_places,
+            b_places,
+            c_places,
+            d_places,
+            satfinite,
+            a,
+            b,
+            c,
+            d,
+        }))
     }
 
     fn wmma_access(&mut self, frame: &Frame, operands: &[Operand], opcode: &Opcode) -> Result<Op, Refusal> {

@@ -139,18 +139,8 @@ impl Decoder<'_> {
         if matches!(space, Space::Shared | Space::Generic) {
             self.granule = self.granule.min(element.bytes());
         }
-        let non_coherent = opcode.has("nc");
         let register_bits = register_bits.unwrap_or(64);
-        Ok(Access {
-            space,
-            address,
-            offset,
-            element,
-            registers,
-            register_bits,
-            strength: strength(opcode),
-            non_coherent,
-        })
+        Ok(Access { space, address, offset, element, registers, register_bits, strength: strength(opcode) })
     }
 
     /// A store of a 32-bit constant into the thread's local memory.
@@ -164,7 +154,6 @@ impl Decoder<'_> {
             registers: [value].into(),
             register_bits: 32,
             strength: Strength::Weak,
-            non_coherent: false,
         })
     }
 
@@ -203,8 +192,7 @@ impl Decoder<'_> {
         if matches!(space, Space::Shared | Space::Generic) {
             self.granule = self.granule.min(kind.bytes());
         }
-        let ftz = opcode.has("ftz");
-        Ok(Op::Atomic(Atomic { op, kind, space, address, offset, results, values, swap, strength, ftz }))
+        Ok(Op::Atomic(Atomic { op, kind, space, address, offset, results, values, swap, strength }))
     }
 
     fn convert_address(
