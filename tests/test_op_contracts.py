@@ -106,16 +106,12 @@ def test_every_operator_is_computed_on_both_kinds_of_device(name: str, key: str)
 def test_a_graph_of_gpu_tensors_can_be_traced_without_a_gpu() -> None:
     with FakeTensorMode():
         weight, x = torch.empty(64, 128, device="cuda"), torch.empty(2, 3, 128, device="cuda")
-        packed = qlora_rs.quantize(weight)
+        parts = OPS.quantize(weight, 64, True)
+        packed = (*parts, torch.empty(256, device="cuda"), 64, 128, 64)
         a, b = torch.empty(4, 128, device="cuda"), torch.empty(64, 4, device="cuda")
-        y = qlora_rs.lora_linear(x, packed, a, b, 0.5)
-        traced = (
-            packed.codes,
-            packed.nested_map,
-            packed.dequantize(),
-            qlora_rs.linear(x, packed),
-            y,
-        )
+        y, hidden = OPS.lora_linear(x, *packed, a, b, 0.5, None)
+        dense = OPS.dequantize(*packed, torch.bfloat16)
+        traced = (*parts, dense, y, hidden, OPS.linear_backward(y, *packed))
         assert {t.device.type for t in traced} == {"cuda"}
         assert y.shape == (2, 3, 64)
 
