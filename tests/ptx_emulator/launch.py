@@ -104,6 +104,7 @@ class Module:
         instruction_limit: int = 2_000_000_000,
         blocks: Sequence[int] | None = None,
         resident: int = 128,
+        races: bool = True,
     ) -> Result:
         """Run a kernel over a grid.
 
@@ -115,6 +116,7 @@ class Module:
         schedule: "ascending", "descending", "ahead" or "random:SEED" (warps, diverged lanes and blocks).
         async_timing: "latest" or "earliest". matrix_model: "exact", "sequential", "a100" or "h100".
         blocks: linear indices of the blocks to run, all by default. resident: blocks on the GPU at once.
+        races: refuse races on shared memory.
 
         Raises Refusal.
         """
@@ -159,6 +161,7 @@ class Module:
                 instruction_limit,
                 None if blocks is None else list(map(int, blocks)),
                 resident,
+                races,
             )
         except _native.NativeRefusal as refusal:
             raise Refusal(*refusal.args) from None

@@ -116,7 +116,7 @@ impl Block {
         self.fill_special_registers(launch);
         let bytes = program.dynamic_shared.max(program.static_shared) + launch.dynamic_shared;
         let bytes = if launch.dynamic_shared == 0 { program.static_shared } else { bytes };
-        self.shared.reset(bytes, program.granule, warps);
+        self.shared.reset(bytes, program.granule, warps, launch.options.races);
         self.order.reset(warps);
         self.pipelines.clear();
         self.pipelines.resize_with(threads as usize, Pipeline::default);

@@ -86,6 +86,16 @@ impl Count {
         self.sectors_ideal += bytes.div_ceil(32);
     }
 
+    /// Adds an access whose split into lanes is the hardware's secret (wmma): only distinct sectors count.
+    pub(crate) fn opaque_access(&mut self, mut addresses: Vec<u64>) {
+        addresses.iter_mut().for_each(|address| *address /= 32);
+        addresses.sort_unstable();
+        let sectors = distinct(&addresses);
+        self.sectors += sectors;
+        self.sectors_unique += sectors;
+        self.sectors_ideal += sectors;
+    }
+
     /// Adds a shared access: offset per active lane and bytes per lane, `per_phase` lanes at once.
     pub(crate) fn shared_access(&mut self, lanes: &[(usize, usize)], width: usize, per_phase: usize) {
         let words = width.div_ceil(4);
