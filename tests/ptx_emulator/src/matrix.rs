@@ -328,7 +328,7 @@ impl Block {
             None => (if access.row_major { columns } else { rows }) as u64,
         };
         let base = warp.get(access.address)[0].wrapping_add(access.offset as u64);
-        if base % 16 != 0 {
+        if !base.is_multiple_of(16) {
             let text = format!("address {base:#x} of the matrix is no multiple of 16");
             return Err(Fault::new(Complaint::Misaligned, 0, text));
         }

@@ -79,7 +79,7 @@ impl Shared {
             );
             return Err(Fault::new(Complaint::OutOfBounds, 0, text));
         }
-        if offset % bytes as u64 != 0 {
+        if !offset.is_multiple_of(bytes as u64) {
             let text = format!("shared offset {offset} is no multiple of the access's {bytes} bytes");
             return Err(Fault::new(Complaint::Misaligned, 0, text));
         }
