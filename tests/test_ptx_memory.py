@@ -99,7 +99,8 @@ def test_constants_device_variables_and_generic_addresses():
     np.testing.assert_array_equal(result.arrays[0], expected)
     assert np.frombuffer(result.variables["total"], np.int32)[0] == 1 + 31 * 16
     with pytest.raises(Refusal, match="read-only"):
-        run("*(int*)&table[0] = 1; a[0] = 1;", output(np.zeros(1, np.int32)), prelude=prelude)
+        body = """int* p = (int*)table; asm volatile("" : "+l"(p)); *p = 1; a[0] = 1;"""
+        run(body, output(np.zeros(1, np.int32)), prelude=prelude)
 
 
 ATOMICS = [
@@ -198,7 +199,7 @@ def test_acquire_and_release_order_shared_memory_between_warps():
     if (t == 0) flag = 0;
     __syncthreads();
     if (t == 0) {
-        data = 42;
+        data = *b;
         asm volatile("st.release.cta.shared.b32 [%0], 1;" :: "r"((u32)__cvta_generic_to_shared(&flag)) : "memory");
     } else if (t == 32) {
         int seen;
@@ -207,12 +208,13 @@ def test_acquire_and_release_order_shared_memory_between_warps():
         *a = data;
     }
     """
+    fresh, forty_two = output(np.zeros(1, np.int32)), np.array([42], np.int32)
     for schedule in SCHEDULES:
-        result = run(body, output(np.zeros(1, np.int32)), block=64, schedule=schedule)
+        result = run(body, fresh, forty_two, block=64, schedule=schedule)
         assert result.arrays[0][0] == 42
     with pytest.raises(Refusal, match="race"):
         relaxed = body.replace("st.release.cta", "st.relaxed.cta")
-        run(relaxed, output(np.zeros(1, np.int32)), block=64)
+        run(relaxed, fresh, forty_two, block=64)
 
 
 def test_printing_is_ignored_and_a_failed_assertion_is_named():

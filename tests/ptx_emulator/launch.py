@@ -35,7 +35,7 @@ class Buffer:
 
 
 def output(array: np.ndarray, offset: int = 0) -> Buffer:
-    """A buffer that the kernel fills: its content is ignored and reading before writing is refused."""
+    """A buffer that the kernel fills; reading it before writing is refused."""
     return Buffer(array, writable=True, defined=False, offset=offset)
 
 

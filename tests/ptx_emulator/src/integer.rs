@@ -8,6 +8,9 @@ use crate::types::Type;
 pub(crate) fn kernel(name: &str, suffixes: &[&str], kind: Type) -> Option<Kernel> {
     let bytes = kind.bytes();
     let has = |suffix: &str| suffixes.contains(&suffix);
+    if name != "prmt" && suffixes.iter().any(|suffix| !KNOWN.contains(suffix)) {
+        return None;
+    }
     Some(match name {
         "add" if has("sat") => lanewise!(i32, u32; a, b => a.saturating_add(b)),
         "sub" if has("sat") => lanewise!(i32, u32; a, b => a.saturating_sub(b)),
@@ -157,6 +160,9 @@ pub(crate) fn kernel(name: &str, suffixes: &[&str], kind: Type) -> Option<Kernel
         _ => return None,
     })
 }
+
+/// Suffixes that the instructions of this file know, beside the modes of prmt.
+const KNOWN: [&str; 10] = ["sat", "lo", "hi", "wide", "l", "r", "wrap", "clamp", "shiftamt", "relu"];
 
 fn pair(a: u32, b: u32, f: impl Fn(u16, u16) -> u16) -> u32 {
     let low = f(a as u16, b as u16);

@@ -71,7 +71,9 @@ impl Decoder<'_> {
                 Type::F64 => Class::Float64,
                 _ => Class::Half,
             };
-            (found.or_else(|| integer::kernel(opcode.name, &suffixes, kind)), class)
+            // slct is typed by the number it looks at, but moves bits.
+            let found = if opcode.name == "slct" { integer::kernel("slct", &[], kind) } else { found };
+            (found, class)
         } else {
             let logic = ["and", "or", "xor", "not", "shl", "shr", "shf", "lop3", "prmt", "bfe", "bfi"];
             let class = if logic.contains(&opcode.name) { Class::Logic } else { Class::Integer };
