@@ -5,6 +5,7 @@ bug with the complaint named; "wrong-result" means that only the answer gives it
 "bank-conflicts" that only the counters do.
 """
 
+# ruff: noqa: E501 (CUDA source reads best unwrapped)
 from __future__ import annotations
 
 from collections.abc import Callable

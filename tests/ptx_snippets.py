@@ -19,8 +19,8 @@ def _bits(kind: str) -> int:
 def evaluate(code: str, result: str, *operands: tuple[str, Sequence[int]], **options) -> list[int]:
     """Run `code`, which computes `%d` from `%a`, `%b`, ... in each lane.
 
-    `result` and the operands' first parts are register types such as "b32"; operands are bit patterns.
-    Further registers of the code go between its own braces.
+    `result` and the operands' first parts are register types such as "b32"; operands are bit
+    patterns. Further registers of the code go between its own braces.
     """
     count = len(operands[0][1])
     assert 0 < count <= 32

@@ -1,5 +1,6 @@
 """Floating point: hand-computed values, and exact arithmetic as the oracle of every rounding mode."""
 
+# ruff: noqa: E501 (tables of values)
 from __future__ import annotations
 
 from fractions import Fraction

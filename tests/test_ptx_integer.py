@@ -1,5 +1,6 @@
 """Integer and bit instructions against values worked out by hand from the PTX ISA."""
 
+# ruff: noqa: E501 (tables of values)
 from __future__ import annotations
 
 import pytest

@@ -33,7 +33,8 @@ def pack(parts: np.ndarray) -> np.ndarray:
 def fragments(kind: str, a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Registers of A [m, k] and B [k, n] in each lane, as the figures of the PTX ISA draw them.
 
-    A register holds `per` neighbours along k. Registers of A step over rows first (+8), then over k.
+    A register holds `per` neighbours along k. Registers of A step over rows first (+8), then over
+    k.
     """
     per = {"tf32": 1, "f16": 2, "bf16": 2}.get(kind, 4)
     step = 4 * per

@@ -24,7 +24,7 @@ def _table(request):
 
 
 def verdict(kernel: Kernel, module, **options) -> str:
-    """What the emulator says of one launch: a complaint, or what gives the bug away, or "accepted"."""
+    """What is said of one launch: a complaint, what gives the bug away, or "accepted"."""
     try:
         result = kernel.launch(module, instruction_limit=20_000_000, **options)
     except Refusal as refusal:

@@ -5,8 +5,8 @@
     module = Module(compile_cuda(source, arch="sm_80"))
     result = module.launch("kernel", [x, output(y), numpy.int64(n)], grid=4, block=256)
 
-Arrays are numpy arrays. A plain array is an input that the kernel must not write; `output`, `inout` and
-`window` say otherwise. Results are new arrays: inputs are never changed.
+Arrays are numpy arrays. A plain array is an input that the kernel must not write; `output`, `inout`
+and `window` say otherwise. Results are new arrays: inputs are never changed.
 """
 
 from ptx_emulator.compile import compile_cuda

@@ -34,8 +34,8 @@ def compile_cuda(
 ) -> str:
     """PTX of CUDA C source for an architecture such as "sm_80".
 
-    With `headers`, CUDA's own headers (cuda_fp16.h, mma.h, cooperative_groups.h, ...) can be included.
-    Raises ValueError with the compiler's log when the source does not compile.
+    With `headers`, CUDA's own headers (cuda_fp16.h, mma.h, cooperative_groups.h, ...) can be
+    included. Raises ValueError with the compiler's log when the source does not compile.
     """
     library = _nvrtc()
     program = ctypes.c_void_p()

@@ -15,8 +15,8 @@ from ptx_emulator import _native
 class Refusal(Exception):
     """The kernel did what a GPU would corrupt, or the launch is impossible.
 
-    `complaint` is a short stable name such as "race" or "out-of-bounds"; the text of the exception is
-    the whole sentence with kernel, block, thread, PTX line, CUDA line and addresses.
+    `complaint` is a short stable name such as "race" or "out-of-bounds"; the text of the exception
+    is the whole sentence with kernel, block, thread, PTX line, CUDA line and addresses.
     """
 
     def __init__(self, complaint: str, message: str) -> None:
@@ -35,7 +35,7 @@ class Buffer:
 
 
 def output(array: np.ndarray, offset: int = 0) -> Buffer:
-    """A buffer that the kernel fills: its content is ignored and reading before writing is refused."""
+    """A buffer that the kernel fills; reading it before writing is refused."""
     return Buffer(array, writable=True, defined=False, offset=offset)
 
 
@@ -47,9 +47,9 @@ def inout(array: np.ndarray, offset: int = 0) -> Buffer:
 def window(array: np.ndarray, offset: int) -> Buffer:
     """An input that stands `offset` bytes behind the pointer that the kernel gets.
 
-    Nothing else behind the pointer may be touched. So a few blocks of a launch over a tensor of many
-    gigabytes can run (with `blocks=`), and a misaligned view can be lent. `output` and `inout` take the
-    same offset.
+    Nothing else behind the pointer may be touched. So a few blocks of a launch over a tensor of
+    many gigabytes can run (with `blocks=`), and a misaligned view can be lent. `output` and `inout`
+    take the same offset.
     """
     return Buffer(array, writable=False, defined=True, offset=offset)
 
@@ -58,9 +58,9 @@ def window(array: np.ndarray, offset: int) -> Buffer:
 class Result:
     """What a launch left: the arrays written, in the order of the arguments, and the counts.
 
-    `arrays` holds one array for each `output` and `inout` argument. `counters` is a dict (see the README
-    for its keys), `table` the same for people. `variables` holds the module's `__device__` variables as
-    bytes.
+    `arrays` holds one array for each `output` and `inout` argument. `counters` is a dict (see the
+    README for its keys), `table` the same for people. `variables` holds the module's `__device__`
+    variables as bytes.
     """
 
     arrays: list[np.ndarray]
@@ -104,17 +104,19 @@ class Module:
         instruction_limit: int = 2_000_000_000,
         blocks: Sequence[int] | None = None,
         resident: int = 128,
+        races: bool = True,
     ) -> Result:
         """Run a kernel over a grid.
 
-        An argument is a numpy array (an input), `output(array)`, `inout(array)`, `window(array, offset)`,
-        a numpy scalar of the parameter's exact type, an int or float (made to fit the parameter), None
-        (a null pointer) or bytes (a struct). `grid` and `block` are an int or up to three; `shared` is
-        dynamic shared memory in bytes.
+        An argument is a numpy array (an input), `output(array)`, `inout(array)`, `window(array,
+        offset)`, a numpy scalar of the parameter's exact type, an int or float (made to fit the
+        parameter), None (a null pointer) or bytes (a struct). `grid` and `block` are an int or up
+        to three; `shared` is dynamic shared memory in bytes.
 
-        schedule: "ascending", "descending", "ahead" or "random:SEED" (warps, diverged lanes and blocks).
-        async_timing: "latest" or "earliest". matrix_model: "exact", "sequential", "a100" or "h100".
-        blocks: linear indices of the blocks to run, all by default. resident: blocks on the GPU at once.
+        schedule: "ascending", "descending", "ahead" or "random:SEED" (warps, diverged lanes and
+        blocks). async_timing: "latest" or "earliest". matrix_model: "exact", "sequential", "a100"
+        or "h100". blocks: linear indices of the blocks to run, all by default. resident: blocks on
+        the GPU at once. races: refuse races on shared memory.
 
         Raises Refusal.
         """
@@ -159,6 +161,7 @@ class Module:
                 instruction_limit,
                 None if blocks is None else list(map(int, blocks)),
                 resident,
+                races,
             )
         except _native.NativeRefusal as refusal:
             raise Refusal(*refusal.args) from None

@@ -244,7 +244,7 @@ impl Block {
                 return Err(Fault::new(Complaint::OutOfBounds, lane as u32, text));
             }
             let offset = self.shared.locate(destination, copy.bytes).map_err(fail)?;
-            if source % copy.bytes as u64 != 0 {
+            if !source.is_multiple_of(copy.bytes as u64) {
                 let text =
                     format!("source address {source:#x} is no multiple of the copy's {} bytes", copy.bytes);
                 return Err(Fault::new(Complaint::Misaligned, lane as u32, text));

@@ -99,7 +99,9 @@ fn wide_sum(a: &[f64], b: &[f64], c: f64) -> f64 {
     };
     let negative = normalise(&mut limbs) < 0;
     if negative {
-        limbs.iter_mut().for_each(|limb| *limb = 0xffff_ffff - *limb);
+        for limb in &mut limbs {
+            *limb = 0xffff_ffff - *limb;
+        }
         limbs[0] += 1;
         normalise(&mut limbs);
     }

@@ -116,7 +116,7 @@ impl Block {
         self.fill_special_registers(launch);
         let bytes = program.dynamic_shared.max(program.static_shared) + launch.dynamic_shared;
         let bytes = if launch.dynamic_shared == 0 { program.static_shared } else { bytes };
-        self.shared.reset(bytes, program.granule, warps);
+        self.shared.reset(bytes, program.granule, warps, launch.options.races);
         self.order.reset(warps);
         self.pipelines.clear();
         self.pipelines.resize_with(threads as usize, Pipeline::default);
@@ -323,9 +323,9 @@ impl Block {
                 .groups
                 .iter()
                 .filter(|other| other.pc != group.pc || other.mask != group.mask)
-                .map(|other| format!("lanes {:#010x} wait at line {}", other.mask, self.line(launch, other)))
+                .map(|other| format!("lanes {:#010x} wait at line {}", other.mask, line_of(launch, other)))
                 .collect();
-            let ended = !warp.live & u32::MAX;
+            let ended = !warp.live;
             let text = format!(
                 "lanes {:#010x} wait for the rest of their warp, which never comes: {}{}",
                 group.mask,
@@ -360,11 +360,6 @@ impl Block {
         self.refuse(launch, w, group.pc.saturating_sub(1), &fault)
     }
 
-    fn line(&self, launch: &Launch, group: &Group) -> u32 {
-        let pc = if matches!(group.wait, Wait::Barrier(_)) { group.pc - 1 } else { group.pc };
-        launch.program.insts[pc as usize].line
-    }
-
     pub(crate) fn live_threads(&self) -> u32 {
         self.warps.iter().map(|warp| warp.live.count_ones()).sum()
     }
@@ -386,14 +381,13 @@ impl Block {
         );
         if let Some(other) = fault.other {
             let (thread, place) = (coordinates(other.thread), program.place(other.pc));
-            message += &if fault.complaint == Complaint::Race {
-                format!(
-                    " with thread {thread}, which {} at {place}, with nothing that orders the two",
-                    other.verb
-                )
+            let verb = other.verb;
+            let sentence = if fault.complaint == Complaint::Race {
+                format!(" with thread {thread}, which {verb} at {place}, with nothing that orders the two")
             } else {
-                format!("; thread {thread} {} at {place}", other.verb)
+                format!("; thread {thread} {verb} at {place}")
             };
+            message.push_str(&sentence);
         }
         Refusal::new(fault.complaint, message)
     }
@@ -410,6 +404,12 @@ impl Program {
             _ => format!("PTX line {} `{text}`", inst.line),
         }
     }
+}
+
+/// The PTX line at which a group waits.
+fn line_of(launch: &Launch, group: &Group) -> u32 {
+    let pc = if matches!(group.wait, Wait::Barrier(_)) { group.pc - 1 } else { group.pc };
+    launch.program.insts[pc as usize].line
 }
 
 /// The masks of the lanes of `mask`, one after another.

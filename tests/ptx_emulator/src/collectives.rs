@@ -25,7 +25,7 @@ impl Block {
         let members = match &inst.op {
             Op::WarpBarrier { mask } | Op::Shuffle { mask, .. } | Op::Collective { mask, .. } => *mask,
             Op::Barrier(barrier) if !barrier.aligned => {
-                self.count(counters, pc, active);
+                counters.issue(pc, active);
                 self.warps[w].groups[g].pc = pc + 1;
                 return self.barrier(launch, w, g, active, barrier);
             }
@@ -58,7 +58,7 @@ impl Block {
         }
         for mask in sets {
             let set = mask & ready;
-            self.count(counters, pc, set);
+            counters.issue(pc, set);
             match &inst.op {
                 Op::Shuffle { .. } => self.shuffle(launch, w, set, &inst.op)?,
                 op => self.reduce(launch, w, set, op)?,
@@ -66,12 +66,6 @@ impl Block {
         }
         self.split_waiting(w, g, ready, pc, Wait::Members);
         Ok(())
-    }
-
-    fn count(&mut self, counters: &mut Counters, pc: u32, active: u32) {
-        let count = &mut counters.counts[pc as usize];
-        count.warps += 1;
-        count.threads += u64::from(active.count_ones());
     }
 
     /// The `done` lanes of the group go on; the rest waits at `pc`.
@@ -105,7 +99,7 @@ impl Block {
             warp.groups[g].wait = Wait::Convergence;
             return Ok(());
         }
-        self.count(counters, pc, active);
+        counters.issue(pc, active);
         self.warps[w].groups[g].pc = pc + 1;
         self.warps[w].groups[g].wait = Wait::Ready;
         if let Op::Barrier(barrier) = op {
@@ -155,7 +149,7 @@ impl Block {
         if open == 0 {
             return Ok(());
         }
-        self.count(counters, pc, open);
+        counters.issue(pc, open);
         let warp = &mut self.warps[w];
         for i in 0..warp.groups.len() {
             let group = warp.groups[i];

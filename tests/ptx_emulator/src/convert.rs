@@ -122,7 +122,7 @@ impl Convert {
 
     fn finish(&self, x: f64) -> u64 {
         let x = if self.sat { unit(x) } else { x };
-        let x = if self.relu && (x < 0.0 || x == 0.0) { 0.0 } else { x };
+        let x = if self.relu && x <= 0.0 { 0.0 } else { x };
         if self.to == Type::F64 {
             return x.to_bits();
         }
@@ -133,10 +133,8 @@ impl Convert {
         if self.to == Type::F32 && x.is_nan() {
             bits = 0x7fff_ffff;
         }
-        if self.satfinite && x.is_infinite()
-            || self.satfinite
-                && bits & (1 << (format.exponent_bits + format.fraction_bits)) - 1 == infinity(format)
-        {
+        let magnitude = bits & ((1 << (format.exponent_bits + format.fraction_bits)) - 1);
+        if self.satfinite && magnitude == infinity(format) {
             bits -= 1;
         }
         if self.ftz && self.to == Type::F32 && f32::from_bits(bits as u32).is_subnormal() {

@@ -32,6 +32,13 @@ impl Counters {
         Self { counts: vec![Count::default(); instructions] }
     }
 
+    /// A warp issues an instruction for these lanes.
+    pub(crate) fn issue(&mut self, pc: u32, active: u32) {
+        let count = &mut self.counts[pc as usize];
+        count.warps += 1;
+        count.threads += u64::from(active.count_ones());
+    }
+
     pub(crate) fn merge(&mut self, other: &Self) {
         for (a, b) in self.counts.iter_mut().zip(&other.counts) {
             a.warps += b.warps;
@@ -84,6 +91,18 @@ impl Count {
             end = end.max(to);
         }
         self.sectors_ideal += bytes.div_ceil(32);
+    }
+
+    /// Adds an access whose split into lanes is the hardware's secret (wmma): only distinct sectors count.
+    pub(crate) fn opaque_access(&mut self, mut addresses: Vec<u64>) {
+        for address in &mut addresses {
+            *address /= 32;
+        }
+        addresses.sort_unstable();
+        let sectors = distinct(&addresses);
+        self.sectors += sectors;
+        self.sectors_unique += sectors;
+        self.sectors_ideal += sectors;
     }
 
     /// Adds a shared access: offset per active lane and bytes per lane, `per_phase` lanes at once.

@@ -4,12 +4,14 @@ mod arithmetic;
 mod collective;
 mod matrix;
 mod memory;
+mod operands;
 
-use crate::layout::{LOCAL_BASE, PARAM_WINDOW, SharedLayout, align_up, shared_layout};
+use crate::layout::{LOCAL_BASE, SharedLayout, align_up, shared_layout};
 use crate::program::{Class, Inst, NONE, Op, Parameter, Program, Slot, Special};
 use crate::refusal::{Complaint, Refusal};
 use crate::syntax::{Formal, Function, Instruction, Module, Operand, Statement};
 use crate::types::{Space, Type};
+use operands::destination;
 use std::collections::HashMap;
 use std::sync::Arc;
 
@@ -263,7 +265,7 @@ impl<'m> Decoder<'m> {
             "nanosleep" | "pmevent" | "prefetch" | "prefetchu" | "discard" | "applypriority" | "brkpt"
             | "griddepcontrol" | "setmaxnreg" => (Op::Nothing, Class::Other),
             "createpolicy" => {
-                let dst = self.destination(frame, &instruction.operands[0], &opcode)?;
+                let dst = destination(frame, &instruction.operands[0], &opcode)?;
                 let zero = self.constant(0);
                 let kernel = crate::lanes::lanewise!(u64, u64; a => a);
                 (Op::Lanewise { kernel, dst, dst2: NONE, src: [zero; 4] }, Class::Other)
@@ -366,151 +368,5 @@ impl<'m> Decoder<'m> {
             }
         }
         Ok(())
-    }
-
-    /// The slot of a source operand of type `kind`.
-    fn operand(
-        &mut self,
-        frame: &Frame,
-        operand: &Operand,
-        kind: Type,
-        opcode: &Opcode,
-    ) -> Result<Slot, Refusal> {
-        let mask = u64::MAX >> (64 - kind.bits().clamp(8, 64));
-        Ok(match operand {
-            Operand::Register(index) => frame.slot_base + index,
-            Operand::Integer(value) if kind == Type::Pred => self.constant(u64::from(*value != 0)),
-            Operand::Integer(value) => self.constant(value & mask),
-            Operand::Float32(bits) => self.constant(u64::from(*bits)),
-            Operand::Float64(bits) if kind == Type::F32 => {
-                self.constant(u64::from((f64::from_bits(*bits) as f32).to_bits()))
-            }
-            Operand::Float64(bits) => self.constant(*bits),
-            Operand::Variable(index, offset) => {
-                let variable = &frame.function.variables[*index as usize];
-                let base = if variable.space == Space::Param { PARAM_WINDOW } else { 0 };
-                self.constant(base + frame.addresses[*index as usize].wrapping_add(*offset as u64))
-            }
-            Operand::Symbol(name, offset) => {
-                if let Some(slot) = self.special_register(name) {
-                    return Ok(slot);
-                }
-                let address = self.shared.named.get(name).or_else(|| self.globals.get(name)).copied();
-                match address {
-                    Some(address) => self.constant(address.wrapping_add(*offset as u64)),
-                    None => {
-                        return opcode
-                            .unknown(&format!(": `{name}` is neither a variable nor a register known here"));
-                    }
-                }
-            }
-            Operand::Vector(parts) if parts.len() == 1 => {
-                return self.operand(frame, &parts[0], kind, opcode);
-            }
-            _ => return opcode.unknown(" with this operand"),
-        })
-    }
-
-    fn destination(&self, frame: &Frame, operand: &Operand, opcode: &Opcode) -> Result<Slot, Refusal> {
-        match operand {
-            Operand::Register(index) => Ok(frame.slot_base + index),
-            Operand::Sink => Ok(NONE),
-            Operand::Vector(parts) if parts.len() == 1 => self.destination(frame, &parts[0], opcode),
-            _ => opcode.unknown(" with this destination"),
-        }
-    }
-
-    /// `d` or `d|p`.
-    fn destinations(
-        &self,
-        frame: &Frame,
-        operand: &Operand,
-        opcode: &Opcode,
-    ) -> Result<(Slot, Slot), Refusal> {
-        match operand {
-            Operand::Pair(a, b) => {
-                Ok((self.destination(frame, a, opcode)?, self.destination(frame, b, opcode)?))
-            }
-            other => Ok((self.destination(frame, other, opcode)?, NONE)),
-        }
-    }
-
-    /// A predicate source and whether it is negated.
-    fn predicate(
-        &mut self,
-        frame: &Frame,
-        operand: &Operand,
-        opcode: &Opcode,
-    ) -> Result<(Slot, bool), Refusal> {
-        match operand {
-            Operand::Not(inner) => Ok((self.operand(frame, inner, Type::Pred, opcode)?, true)),
-            other => Ok((self.operand(frame, other, Type::Pred, opcode)?, false)),
-        }
-    }
-
-    /// The parts of a `{...}` or a single register as destinations.
-    fn destination_list(
-        &self,
-        frame: &Frame,
-        operand: &Operand,
-        opcode: &Opcode,
-    ) -> Result<Box<[Slot]>, Refusal> {
-        match operand {
-            Operand::Vector(parts) => {
-                parts.iter().map(|part| self.destination(frame, part, opcode)).collect()
-            }
-            other => Ok([self.destination(frame, other, opcode)?].into()),
-        }
-    }
-
-    /// The parts of a `{...}` or a single operand as sources.
-    fn operand_list(
-        &mut self,
-        frame: &Frame,
-        operand: &Operand,
-        kind: Type,
-        opcode: &Opcode,
-    ) -> Result<Box<[Slot]>, Refusal> {
-        match operand {
-            Operand::Vector(parts) => {
-                parts.iter().map(|part| self.operand(frame, part, kind, opcode)).collect()
-            }
-            other => Ok([self.operand(frame, other, kind, opcode)?].into()),
-        }
-    }
-
-    fn special_register(&mut self, name: &str) -> Option<Slot> {
-        let axis = |text: &str| match text {
-            "x" => Some(0),
-            "y" => Some(1),
-            "z" => Some(2),
-            _ => None,
-        };
-        let (base, part) = name.split_once('.').unwrap_or((name, ""));
-        let special = match base {
-            "%tid" => Special::Tid(axis(part)?),
-            "%ntid" => Special::Ntid(axis(part)?),
-            "%ctaid" | "%clusterid" => Special::Ctaid(axis(part)?),
-            "%nctaid" | "%nclusterid" => Special::Nctaid(axis(part)?),
-            "%cluster_ctaid" => Special::Zero,
-            "%cluster_nctaid" => Special::One,
-            "%laneid" => Special::Lane,
-            "%warpid" => Special::Warp,
-            "%nwarpid" => Special::WarpCount,
-            "%smid" => Special::SmId,
-            "%nsmid" => Special::SmCount,
-            "%lanemask_eq" => Special::LaneMaskEq,
-            "%lanemask_le" => Special::LaneMaskLe,
-            "%lanemask_lt" => Special::LaneMaskLt,
-            "%lanemask_ge" => Special::LaneMaskGe,
-            "%lanemask_gt" => Special::LaneMaskGt,
-            "%gridid" => Special::GridId,
-            "%cluster_ctarank" => Special::Zero,
-            "%cluster_nctarank" => Special::One,
-            "%dynamic_smem_size" => Special::DynamicShared,
-            "%total_smem_size" => Special::TotalShared,
-            _ => return None,
-        };
-        Some(self.special(special, name))
     }
 }

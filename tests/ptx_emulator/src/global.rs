@@ -183,7 +183,7 @@ impl Memory {
         }
         match self.buffers.get(*hint) {
             Some(buffer) if inside(buffer) => {
-                if address % bytes as u64 != 0 {
+                if !address.is_multiple_of(bytes as u64) {
                     let text = format!(
                         "address {address:#x} (`{}` + {}) is no multiple of the access's {bytes} bytes",
                         buffer.name,

@@ -8,6 +8,9 @@ use crate::types::Type;
 pub(crate) fn kernel(name: &str, suffixes: &[&str], kind: Type) -> Option<Kernel> {
     let bytes = kind.bytes();
     let has = |suffix: &str| suffixes.contains(&suffix);
+    if name != "prmt" && suffixes.iter().any(|suffix| !KNOWN.contains(suffix)) {
+        return None;
+    }
     Some(match name {
         "add" if has("sat") => lanewise!(i32, u32; a, b => a.saturating_add(b)),
         "sub" if has("sat") => lanewise!(i32, u32; a, b => a.saturating_sub(b)),
@@ -60,18 +63,27 @@ pub(crate) fn kernel(name: &str, suffixes: &[&str], kind: Type) -> Option<Kernel
                 (((u64::from(a) * u64::from(b)) >> 32) as u32).wrapping_add(c)),
         },
         "mad" => unsigned!(bytes; a, b, c => a.wrapping_mul(b).wrapping_add(c)),
-        "mul24" if has("hi") => match kind.is_signed() {
-            true => lanewise!(u32, u32; a, b => (signed_24(a) * signed_24(b)) >> 16),
-            false => lanewise!(u64, u32; a, b => ((a & 0xff_ffff) * (b & 0xff_ffff)) >> 16),
-        },
-        "mul24" => match kind.is_signed() {
-            true => lanewise!(u32, u32; a, b => signed_24(a) * signed_24(b)),
-            false => lanewise!(u64, u32; a, b => (a & 0xff_ffff) * (b & 0xff_ffff)),
-        },
-        "mad24" if !has("hi") => match kind.is_signed() {
-            true => lanewise!(u32, u32; a, b, c => signed_24(a) * signed_24(b) + i64::from(c)),
-            false => lanewise!(u64, u32; a, b, c => (a & 0xff_ffff) * (b & 0xff_ffff) + c),
-        },
+        "mul24" if has("hi") => {
+            if kind.is_signed() {
+                lanewise!(u32, u32; a, b => (signed_24(a) * signed_24(b)) >> 16)
+            } else {
+                lanewise!(u64, u32; a, b => ((a & 0xff_ffff) * (b & 0xff_ffff)) >> 16)
+            }
+        }
+        "mul24" => {
+            if kind.is_signed() {
+                lanewise!(u32, u32; a, b => signed_24(a) * signed_24(b))
+            } else {
+                lanewise!(u64, u32; a, b => (a & 0xff_ffff) * (b & 0xff_ffff))
+            }
+        }
+        "mad24" if !has("hi") => {
+            if kind.is_signed() {
+                lanewise!(u32, u32; a, b, c => signed_24(a) * signed_24(b) + i64::from(c))
+            } else {
+                lanewise!(u64, u32; a, b, c => (a & 0xff_ffff) * (b & 0xff_ffff) + c)
+            }
+        }
         "sad" if kind.is_signed() => signed!(bytes; a, b, c => c.wrapping_add(a.abs_diff(b) as _)),
         "sad" => unsigned!(bytes; a, b, c => c.wrapping_add(a.abs_diff(b))),
         // Division by zero is unspecified; all ones is what the hardware's code gives.
@@ -129,10 +141,8 @@ pub(crate) fn kernel(name: &str, suffixes: &[&str], kind: Type) -> Option<Kernel
             (_, true) => lanewise!(u64, u32; a, b, c => extract(a, 32, b as u32, c as u32, true)),
             (_, false) => lanewise!(u64, u32; a, b, c => extract(a, 32, b as u32, c as u32, false)),
         },
-        "bfi" => match bytes {
-            8 => lanewise!(u64, u64; a, b, c, d => insert(a, b, 64, c as u32, d as u32)),
-            _ => lanewise!(u64, u32; a, b, c, d => insert(a, b, 32, c as u32, d as u32)),
-        },
+        "bfi" if bytes == 8 => lanewise!(u64, u64; a, b, c, d => insert(a, b, 64, c as u32, d as u32)),
+        "bfi" => lanewise!(u64, u32; a, b, c, d => insert(a, b, 32, c as u32, d as u32)),
         "szext" => match (kind.is_signed(), has("wrap")) {
             (true, true) => lanewise!(u32, u32; a, b => sign_extend(a, b & 31)),
             (true, false) => lanewise!(u32, u32; a, b => sign_extend(a, b)),
@@ -143,13 +153,16 @@ pub(crate) fn kernel(name: &str, suffixes: &[&str], kind: Type) -> Option<Kernel
         "bmsk" => lanewise!(u32, u32; a, b => bit_mask(a, b)),
         "lop3" => lanewise!(u32, u32; a, b, c, table => lop3(a, b, c, table)),
         "prmt" => permute(suffixes)?,
-        "slct" => match bytes {
-            8 => lanewise!(u64, u64; a, b, c => if (c as i32) >= 0 { a } else { b }),
-            _ => lanewise!(u64, u64; a, b, c => if (c as i32) >= 0 { a } else { b }),
-        },
+        "slct" if kind == Type::F32 => {
+            lanewise!(u64, u64; a, b, c => if f32::from_bits(c as u32) >= 0.0 { a } else { b })
+        }
+        "slct" => lanewise!(u64, u64; a, b, c => if c >> 31 & 1 == 0 { a } else { b }),
         _ => return None,
     })
 }
+
+/// Suffixes that the instructions of this file know, beside the modes of prmt.
+const KNOWN: [&str; 10] = ["sat", "lo", "hi", "wide", "l", "r", "wrap", "clamp", "shiftamt", "relu"];
 
 fn pair(a: u32, b: u32, f: impl Fn(u16, u16) -> u16) -> u32 {
     let low = f(a as u16, b as u16);
@@ -185,7 +198,8 @@ fn bit_mask(start: u32, width: u32) -> u32 {
 fn bit_find(bytes: usize, signed: bool, shift_amount: bool) -> Kernel {
     fn find(a: u64, bits: u32, signed: bool, shift_amount: bool) -> u32 {
         let shift = 64 - bits;
-        let value = if signed && (a << shift) as i64 >= 0 || !signed { a } else { !a << shift >> shift };
+        let negative = signed && ((a << shift) as i64) < 0;
+        let value = if negative { !a << shift >> shift } else { a };
         match value.checked_ilog2() {
             None => u32::MAX,
             Some(top) if shift_amount => bits - 1 - top,

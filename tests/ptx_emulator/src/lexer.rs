@@ -49,7 +49,7 @@ pub(crate) fn tokens(text: &str) -> Result<Vec<Placed>, Refusal> {
             at += rest.iter().position(|&b| b == b'\n').unwrap_or(rest.len());
         } else if rest.starts_with(b"/*") {
             let length = rest.windows(2).position(|pair| pair == b"*/").map_or(rest.len(), |end| end + 2);
-            line += rest[..length].iter().filter(|&&b| b == b'\n').count() as u32;
+            line += String::from_utf8_lossy(&rest[..length]).matches('\n').count() as u32;
             at += length;
         } else if c == b'"' {
             let length = rest[1..].iter().position(|&b| b == b'"').unwrap_or(rest.len() - 1);

@@ -4,7 +4,7 @@ use crate::access::lanes_per_phase;
 use crate::accumulate::{dot, sums_are_exact};
 use crate::block::{Block, Launch, lanes, optional};
 use crate::convert::element;
-use crate::counters::Counters;
+use crate::counters::{Count, Counters};
 use crate::fault::Fault;
 use crate::lanes::Lanes;
 use crate::options::MatrixModel;
@@ -215,8 +215,10 @@ impl Block {
                 warp.set(*dst, &out, active, u32::MAX);
                 Ok(())
             }
-            Op::WmmaLoad(access) => self.wmma_load(launch, w, pc, access),
-            Op::WmmaStore(access) => self.wmma_store(launch, w, pc, access),
+            Op::WmmaLoad(access) => self.wmma_load(launch, &mut counters.counts[pc as usize], w, pc, access),
+            Op::WmmaStore(access) => {
+                self.wmma_store(launch, &mut counters.counts[pc as usize], w, pc, access)
+            }
             _ => Ok(()),
         }
     }
@@ -326,7 +328,7 @@ impl Block {
             None => (if access.row_major { columns } else { rows }) as u64,
         };
         let base = warp.get(access.address)[0].wrapping_add(access.offset as u64);
-        if base % 16 != 0 {
+        if !base.is_multiple_of(16) {
             let text = format!("address {base:#x} of the matrix is no multiple of 16");
             return Err(Fault::new(Complaint::Misaligned, 0, text));
         }
@@ -345,10 +347,18 @@ impl Block {
         Ok(all)
     }
 
-    fn wmma_load(&mut self, launch: &Launch, w: usize, pc: u32, access: &WmmaAccess) -> Result<(), Fault> {
+    fn wmma_load(
+        &mut self,
+        launch: &Launch,
+        count: &mut Count,
+        w: usize,
+        pc: u32,
+        access: &WmmaAccess,
+    ) -> Result<(), Fault> {
         let bytes = access.kind.bytes();
         let mut out = vec![[0u64; 32]; access.registers.len()];
         let mut hint = 0;
+        let mut ranges = Vec::new();
         for (lane, register, part, address) in self.wmma_addresses(launch, w, access)? {
             let fail = |fault: Fault| fault.at(lane);
             let (space, address) = resolve(access.space, address);
@@ -369,22 +379,33 @@ impl Block {
                     return Err(Fault::new(Complaint::Uninitialised, lane as u32, text));
                 }
                 buffer.touch(address, bytes, false);
+                count.bytes_read += bytes as u64;
+                ranges.push(address);
                 buffer.read(address, bytes)
             };
             out[register][lane] |= value << (8 * bytes * part);
         }
+        count.opaque_access(ranges);
         for (&register, values) in access.registers.iter().zip(&out) {
             self.warps[w].set(register, values, u32::MAX, u32::MAX);
         }
         Ok(())
     }
 
-    fn wmma_store(&mut self, launch: &Launch, w: usize, pc: u32, access: &WmmaAccess) -> Result<(), Fault> {
+    fn wmma_store(
+        &mut self,
+        launch: &Launch,
+        count: &mut Count,
+        w: usize,
+        pc: u32,
+        access: &WmmaAccess,
+    ) -> Result<(), Fault> {
         let bytes = access.kind.bytes();
         for &register in &access.registers {
             self.warps[w].need(register, u32::MAX, launch.program, "the matrix stored")?;
         }
         let mut hint = 0;
+        let mut ranges = Vec::new();
         for (lane, register, part, address) in self.wmma_addresses(launch, w, access)? {
             let fail = |fault: Fault| fault.at(lane);
             let word = self.warps[w].get(access.registers[register])[lane];
@@ -399,8 +420,11 @@ impl Block {
                 let buffer = launch.memory.find(address, bytes, true, &mut hint).map_err(fail)?;
                 self.changed |= buffer.write(address, bytes, value);
                 buffer.touch(address, bytes, true);
+                count.bytes_written += bytes as u64;
+                ranges.push(address);
             }
         }
+        count.opaque_access(ranges);
         Ok(())
     }
 }

@@ -52,6 +52,8 @@ pub struct Options {
     pub blocks: Option<Vec<u64>>,
     /// Blocks that are resident at once.
     pub resident: usize,
+    /// Refuse races on shared memory.
+    pub races: bool,
 }
 
 impl Default for Options {
@@ -64,6 +66,7 @@ impl Default for Options {
             instruction_limit: 2_000_000_000,
             blocks: None,
             resident: 128,
+            races: true,
         }
     }
 }

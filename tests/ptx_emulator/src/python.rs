@@ -46,7 +46,7 @@ impl PythonModule {
     }
 
     /// Returns the buffers' bytes, the module's variables, the report as JSON and as a table.
-    #[pyo3(signature = (kernel, arguments, grid, block, shared, schedule, seed, timing, model, workers, limit, blocks, resident))]
+    #[pyo3(signature = (kernel, arguments, grid, block, shared, schedule, seed, timing, model, workers, limit, blocks, resident, races))]
     #[allow(clippy::type_complexity, clippy::too_many_arguments, clippy::needless_pass_by_value)]
     fn launch<'py>(
         &self,
@@ -64,6 +64,7 @@ impl PythonModule {
         limit: u64,
         blocks: Option<Vec<u64>>,
         resident: usize,
+        races: bool,
     ) -> PyResult<(Vec<Bound<'py, PyBytes>>, Vec<(String, Bound<'py, PyBytes>)>, String, String)> {
         let options = Options {
             schedule: match schedule {
@@ -101,6 +102,7 @@ impl PythonModule {
             instruction_limit: limit,
             blocks,
             resident,
+            races,
         };
         let arguments: Vec<Argument> = arguments
             .into_iter()

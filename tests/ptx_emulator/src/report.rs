@@ -9,7 +9,7 @@ use std::fmt::Write;
 /// One source line's counts.
 #[derive(Clone, Debug)]
 struct Line {
-    ptx_line: u32,
+    ptx: u32,
     text: String,
     source: String,
     class: Class,
@@ -76,7 +76,7 @@ impl Report {
             let (file, line) = inst.source;
             let text = program.lines.get(inst.line.saturating_sub(1) as usize).map_or("", |text| text.trim());
             Line {
-                ptx_line: inst.line,
+                ptx: inst.line,
                 text: text.to_owned(),
                 source: program.files.get(&file).map_or(String::new(), |file| format!("{file}:{line}")),
                 class: inst.class,
@@ -113,8 +113,7 @@ impl Report {
     fn by_source(&self) -> BTreeMap<String, Count> {
         let mut found: BTreeMap<String, Count> = BTreeMap::new();
         for line in &self.lines {
-            let key =
-                if line.source.is_empty() { format!("ptx:{}", line.ptx_line) } else { line.source.clone() };
+            let key = if line.source.is_empty() { format!("ptx:{}", line.ptx) } else { line.source.clone() };
             add(found.entry(key).or_default(), &line.count);
         }
         found
@@ -131,7 +130,7 @@ impl Report {
             .map(|line| {
                 format!(
                     "{{\"ptx_line\": {}, \"text\": {}, \"source\": {}, \"class\": \"{}\", {}}}",
-                    line.ptx_line,
+                    line.ptx,
                     quote(&line.text),
                     quote(&line.source),
                     line.class.name(),

@@ -46,13 +46,15 @@ pub(crate) struct Shared {
     data: Vec<u8>,
     shift: u32,
     warps: usize,
+    races: bool,
     writers: Vec<Writer>,
     readers: Vec<Reader>,
 }
 
 impl Shared {
     /// Fresh memory: nothing written. `granule` is the smallest access of the kernel in bytes.
-    pub(crate) fn reset(&mut self, bytes: usize, granule: usize, warps: usize) {
+    pub(crate) fn reset(&mut self, bytes: usize, granule: usize, warps: usize, races: bool) {
+        self.races = races;
         self.shift = granule.trailing_zeros();
         self.warps = warps;
         let granules = bytes.div_ceil(granule);
@@ -77,7 +79,7 @@ impl Shared {
             );
             return Err(Fault::new(Complaint::OutOfBounds, 0, text));
         }
-        if offset % bytes as u64 != 0 {
+        if !offset.is_multiple_of(bytes as u64) {
             let text = format!("shared offset {offset} is no multiple of the access's {bytes} bytes");
             return Err(Fault::new(Complaint::Misaligned, 0, text));
         }
@@ -127,7 +129,7 @@ impl Shared {
                 return Err(Fault::new(Complaint::Uninitialised, 0, text));
             }
             let writer_thread = usize::from(writer.thread);
-            let exempt = strong && writer.flags & ATOMIC != 0;
+            let exempt = !self.races || strong && writer.flags & ATOMIC != 0;
             if !exempt && !order.before(who.warp, who.lane, writer_thread, writer.generation) {
                 return Err(self.race("read", granule, writer_thread, writer.pc, "wrote it"));
             }
@@ -162,14 +164,14 @@ impl Shared {
                 return Err(self.in_flight("write", granule, writer));
             }
             let writer_thread = usize::from(writer.thread);
-            let exempt = strong && writer.flags & ATOMIC != 0 || same;
+            let exempt = !self.races || strong && writer.flags & ATOMIC != 0 || same;
             if writer.flags & WRITTEN != 0
                 && !exempt
                 && !order.before(who.warp, who.lane, writer_thread, writer.generation)
             {
                 return Err(self.race("write", granule, writer_thread, writer.pc, "wrote it"));
             }
-            for warp in 0..self.warps {
+            for warp in 0..if self.races { self.warps } else { 0 } {
                 let reader = self.readers[granule * self.warps + warp];
                 if reader.generation == 0 {
                     continue;

@@ -162,12 +162,9 @@ impl Block {
                 return Ok(());
             }
             Op::Exit => return self.exit(launch, w, g, active),
-            Op::Trap(why) => {
-                if active != 0 {
-                    return Err(Fault::new(Complaint::Trap, active.trailing_zeros(), why.as_str()));
-                }
+            Op::Trap(why) if active != 0 => {
+                return Err(Fault::new(Complaint::Trap, active.trailing_zeros(), why.as_str()));
             }
-            Op::Nothing => {}
             Op::Clock { dst, bits } => {
                 let now = warp.clock & (u64::MAX >> (64 - bits));
                 warp.set(*dst, &[now; 32], active, u32::MAX);
@@ -191,11 +188,7 @@ impl Block {
                 }
             }
             Op::AsyncWait(pending) => self.async_wait(launch, w, active, pc, *pending)?,
-            Op::Fence => {
-                if active != 0 {
-                    self.order.fence(w);
-                }
-            }
+            Op::Fence if active != 0 => self.order.fence(w),
             _ => {}
         }
         self.warps[w].groups[g].pc = next;

@@ -123,7 +123,7 @@ impl Warp {
             );
             return Err(Fault::new(Complaint::OutOfBounds, 0, text));
         }
-        if address % bytes as u64 != 0 {
+        if !address.is_multiple_of(bytes as u64) {
             let text = format!("local address {address:#x} is no multiple of the access's {bytes} bytes");
             return Err(Fault::new(Complaint::Misaligned, 0, text));
         }

@@ -1,5 +1,6 @@
 //! Instructions over registers alone.
 
+use super::operands::{destination, destination_list, destinations};
 use super::{Decoder, Frame, Opcode};
 use crate::compare::{Combine, comparison};
 use crate::convert::{Convert, dot_product, fast};
@@ -33,7 +34,7 @@ impl Decoder<'_> {
                 if negated {
                     std::mem::swap(&mut a, &mut b);
                 }
-                let dst = self.destination(frame, &operands[0], opcode)?;
+                let dst = destination(frame, &operands[0], opcode)?;
                 return Ok((Op::Select { dst, a, b, predicate }, Class::Move));
             }
             "dp4a" | "dp2a" => {
@@ -70,7 +71,9 @@ impl Decoder<'_> {
                 Type::F64 => Class::Float64,
                 _ => Class::Half,
             };
-            (found.or_else(|| integer::kernel(opcode.name, &suffixes, kind)), class)
+            // slct is typed by the number it looks at, but moves bits.
+            let found = if opcode.name == "slct" { integer::kernel("slct", &[], kind) } else { found };
+            (found, class)
         } else {
             let logic = ["and", "or", "xor", "not", "shl", "shr", "shf", "lop3", "prmt", "bfe", "bfi"];
             let class = if logic.contains(&opcode.name) { Class::Logic } else { Class::Integer };
@@ -89,7 +92,7 @@ impl Decoder<'_> {
         kind: Type,
         class: Class,
     ) -> Result<Decoded, Refusal> {
-        let (dst, dst2) = self.destinations(frame, &operands[0], opcode)?;
+        let (dst, dst2) = destinations(frame, &operands[0], opcode)?;
         if dst2 != NONE {
             return opcode.unknown(" with two results");
         }
@@ -117,7 +120,7 @@ impl Decoder<'_> {
         let kind = opcode.kind().unwrap_or(Type::B32);
         match (&operands[0], &operands[1]) {
             (Operand::Vector(parts), source) if parts.len() > 1 => {
-                let parts = self.destination_list(frame, &operands[0], opcode)?;
+                let parts = destination_list(frame, &operands[0], opcode)?;
                 let src = self.operand(frame, source, kind, opcode)?;
                 let bits = kind.bits() / parts.len() as u32;
                 Ok((Op::Unpack { parts, src, bits }, Class::Move))
@@ -132,17 +135,17 @@ impl Decoder<'_> {
                     Type::B32
                 };
                 let parts = self.operand_list(frame, &operands[1], part, opcode)?;
-                let dst = self.destination(frame, &operands[0], opcode)?;
+                let dst = destination(frame, &operands[0], opcode)?;
                 Ok((Op::Pack { dst, parts, bits }, Class::Move))
             }
             (target, Operand::Symbol(name, _))
                 if name.starts_with("%clock") || name.starts_with("%globaltimer") =>
             {
-                let dst = self.destination(frame, target, opcode)?;
+                let dst = destination(frame, target, opcode)?;
                 Ok((Op::Clock { dst, bits: kind.bits() }, Class::Move))
             }
             (target, source) => {
-                let dst = self.destination(frame, target, opcode)?;
+                let dst = destination(frame, target, opcode)?;
                 let src = self.operand(frame, source, kind, opcode)?;
                 let kernel = lanewise!(u64, u64; a => a);
                 Ok((Op::Lanewise { kernel, dst, dst2: NONE, src: [src; 4] }, Class::Move))
@@ -183,7 +186,7 @@ impl Decoder<'_> {
             relu: opcode.has("relu"),
             satfinite: opcode.has("satfinite"),
         };
-        let dst = self.destination(frame, &operands[0], opcode)?;
+        let dst = destination(frame, &operands[0], opcode)?;
         let a = self.operand(frame, &operands[1], from, opcode)?;
         let b = if matches!(to, Type::F16x2 | Type::Bf16x2) {
             let Some(low) = operands.get(2) else { return opcode.unknown(" with one source") };
@@ -230,7 +233,7 @@ impl Decoder<'_> {
         let ftz = opcode.has("ftz");
         let found = opcode.suffixes.iter().find_map(|name| comparison(name, ftz, kind));
         let Some((kernel, accepted)) = found else { return opcode.unknown("") };
-        let (dst, dst2) = self.destinations(frame, &operands[0], opcode)?;
+        let (dst, dst2) = destinations(frame, &operands[0], opcode)?;
         let a = self.operand(frame, &operands[1], kind, opcode)?;
         let b = self.operand(frame, &operands[2], kind, opcode)?;
         let combine = match opcode.suffixes.iter().find_map(|suffix| Combine::parse(suffix)) {

@@ -1,5 +1,6 @@
 //! Instructions that need several threads: barriers, fences, shuffles, votes.
 
+use super::operands::{destination, destinations};
 use super::{Decoder, Frame, Opcode};
 use crate::program::{Barrier, Class, NONE, Op, Reduction, ShuffleMode};
 use crate::refusal::Refusal;
@@ -29,9 +30,7 @@ impl Decoder<'_> {
                 (Op::Fence, Class::Fence)
             }
             "shfl" => (self.shuffle(frame, operands, opcode)?, Class::Shuffle),
-            "activemask" => {
-                (Op::ActiveMask { dst: self.destination(frame, &operands[0], opcode)? }, Class::Vote)
-            }
+            "activemask" => (Op::ActiveMask { dst: destination(frame, &operands[0], opcode)? }, Class::Vote),
             "vote" | "match" | "redux" | "elect" => (self.vote(frame, operands, opcode)?, Class::Vote),
             _ => return Ok(None),
         }))
@@ -50,7 +49,7 @@ impl Decoder<'_> {
                     Some(&"or") => Reduction::Or,
                     _ => return opcode.unknown(""),
                 };
-            let dst = self.destination(frame, &operands[0], opcode)?;
+            let dst = destination(frame, &operands[0], opcode)?;
             let Some(last) = operands.last() else { return opcode.unknown("") };
             let (predicate, negated) = self.predicate(frame, last, opcode)?;
             reduction = Some((operation, predicate, negated, dst));
@@ -77,7 +76,7 @@ impl Decoder<'_> {
             Some(&"idx") => ShuffleMode::Index,
             _ => return opcode.unknown(""),
         };
-        let (dst, predicate) = self.destinations(frame, &operands[0], opcode)?;
+        let (dst, predicate) = destinations(frame, &operands[0], opcode)?;
         Ok(Op::Shuffle {
             mode,
             dst,
@@ -116,7 +115,7 @@ impl Decoder<'_> {
         if opcode.name == "redux" && kind.is_float() {
             return opcode.unknown("");
         }
-        let (dst, predicate) = self.destinations(frame, &operands[0], opcode)?;
+        let (dst, predicate) = destinations(frame, &operands[0], opcode)?;
         if reduction == Reduction::Elect {
             let mask = self.operand(frame, &operands[1], Type::U32, opcode)?;
             return Ok(Op::Collective { reduction, kind, dst, predicate, src: mask, negate: false, mask });

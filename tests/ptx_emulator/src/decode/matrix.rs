@@ -1,5 +1,6 @@
 //! Instructions of the tensor cores: ldmatrix, stmatrix, movmatrix, mma, wmma.
 
+use super::operands::{destination, destination_list};
 use super::{Decoder, Frame, Opcode};
 use crate::matrix::{Shape, places};
 use crate::program::{Class, Multiply, NONE, Op, Slot, WmmaAccess};
@@ -37,7 +38,7 @@ impl Decoder<'_> {
                 let (space, address, offset) = self.address(frame, &operands[place], shared, opcode)?;
                 let transpose = opcode.has("trans");
                 let op = if load {
-                    let dst = self.destination_list(frame, &operands[0], opcode)?;
+                    let dst = destination_list(frame, &operands[0], opcode)?;
                     Op::LoadMatrix { address, offset, space, transpose, dst }
                 } else {
                     let src = self.operand_list(frame, &operands[1], Type::B32, opcode)?;
@@ -46,7 +47,7 @@ impl Decoder<'_> {
                 (op, Class::LoadMatrix)
             }
             "movmatrix" if opcode.has("m8n8") && opcode.has("b16") => {
-                let dst = self.destination(frame, &operands[0], opcode)?;
+                let dst = destination(frame, &operands[0], opcode)?;
                 let src = self.operand(frame, &operands[1], Type::B32, opcode)?;
                 (Op::MoveMatrix { dst, src }, Class::LoadMatrix)
             }
@@ -106,7 +107,7 @@ impl Decoder<'_> {
         [a_kind, b_kind, c_kind, d_kind]: [Type; 4],
         wmma: bool,
     ) -> Result<Op, Refusal> {
-        let d = self.destination_list(frame, &operands[0], opcode)?;
+        let d = destination_list(frame, &operands[0], opcode)?;
         let a = self.operand_list(frame, &operands[1], Type::B32, opcode)?;
         let b = self.operand_list(frame, &operands[2], Type::B32, opcode)?;
         let c = self.operand_list(frame, &operands[3], c_kind, opcode)?;
@@ -166,7 +167,7 @@ impl Decoder<'_> {
         };
         let (space, address, offset) = self.address(frame, &operands[usize::from(load)], space, opcode)?;
         let registers = if load {
-            self.destination_list(frame, &operands[0], opcode)?
+            destination_list(frame, &operands[0], opcode)?
         } else {
             self.operand_list(frame, &operands[1], kind, opcode)?
         };

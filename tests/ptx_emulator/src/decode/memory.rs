@@ -1,8 +1,9 @@
 //! Instructions that touch memory: ld, st, atom, red, cvta, cp.async.
 
+use super::operands::{destination, destination_list};
 use super::{Decoder, Frame, Opcode};
 use crate::lanes::lanewise;
-use crate::layout::{LOCAL_WINDOW, PARAM_WINDOW, SHARED_WINDOW};
+use crate::layout::{LOCAL_WINDOW, SHARED_WINDOW};
 use crate::program::{Access, AsyncCopy, Atomic, AtomicOp, Class, NONE, Op, Slot, Strength};
 use crate::refusal::Refusal;
 use crate::syntax::{Instruction, Operand};
@@ -75,7 +76,7 @@ impl Decoder<'_> {
             "atom" | "red" if !opcode.has("async") => (self.atomic(frame, operands, opcode)?, Class::Atomic),
             "cvta" => (self.convert_address(frame, operands, opcode)?, Class::Integer),
             "isspacep" => {
-                let dst = self.destination(frame, &operands[0], opcode)?;
+                let dst = destination(frame, &operands[0], opcode)?;
                 let src = self.operand(frame, &operands[1], Type::U64, opcode)?;
                 (Op::IsSpace { dst, src, space: space(opcode) }, Class::Compare)
             }
@@ -129,7 +130,7 @@ impl Decoder<'_> {
         let registers = if store {
             self.operand_list(frame, registers, element, opcode)?
         } else {
-            self.destination_list(frame, registers, opcode)?
+            destination_list(frame, registers, opcode)?
         };
         let register_bits = registers
             .iter()
@@ -180,7 +181,7 @@ impl Decoder<'_> {
         let returns = opcode.name == "atom";
         let rest = &operands[usize::from(returns)..];
         let (space, address, offset) = self.address(frame, &rest[0], space(opcode), opcode)?;
-        let results = if returns { self.destination_list(frame, &operands[0], opcode)? } else { [].into() };
+        let results = if returns { destination_list(frame, &operands[0], opcode)? } else { [].into() };
         let values = self.operand_list(frame, &rest[1], kind, opcode)?;
         let swap =
             if op == AtomicOp::CompareAndSwap { self.operand(frame, &rest[2], kind, opcode)? } else { NONE };
@@ -209,8 +210,7 @@ impl Decoder<'_> {
             Space::Param | Space::Global | Space::Const => 0,
             Space::Generic => return opcode.unknown(""),
         };
-        debug_assert!(PARAM_WINDOW > LOCAL_WINDOW);
-        let dst = self.destination(frame, &operands[0], opcode)?;
+        let dst = destination(frame, &operands[0], opcode)?;
         let a = self.operand(frame, &operands[1], Type::U64, opcode)?;
         let b = self.constant(if to_space { window.wrapping_neg() } else { window });
         let kernel = if opcode.kind().is_some_and(|kind| kind.bytes() == 4) {

@@ -193,6 +193,10 @@ impl Parser {
         }
         if self.mark('[') {
             let base = self.simple_operand()?;
+            // Coordinates of textures and the like; their instructions are refused by name later.
+            while self.mark(',') {
+                self.operand()?;
+            }
             let offset = if self.mark('+') { self.integer()? as i64 } else { 0 };
             if self.mark('-') {
                 let offset = -(self.integer()? as i64);
