@@ -9,8 +9,9 @@
 //   one thread  = 16 bytes of weights (more if a block has more than 32 times that), loaded once
 //   one block   = LANES neighbouring threads of one warp, which shuffle their maxima
 //   a CTA       = 256 threads, STEPS times; its absmax go through shared memory, to be stored in a row
-//   bound       : bytes, 2.53 per bfloat16 weight; per weight 19 instructions, 2 of them shared
-//                 loads without conflicts, of the 24 that an SM of an A100 issues while it is read
+//   bound       : bytes, 2.56 per bfloat16 weight, by a model: while an A100's memory delivers a weight
+//                 to each thread of a warp, its SM can issue 24 instructions, and 19 are needed, 2 of
+//                 them shared loads without conflicts
 //
 // A NaN or an infinity is counted in `refused` and leaves a NaN or infinite absmax behind: whoever
 // reads `refused` refuses; a CUDA graph that never does decodes to NaN, never to wrong numbers.

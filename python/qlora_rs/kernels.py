@@ -202,8 +202,12 @@ def launch(launch: Launch, *arguments: Tensor | int | None) -> None:
         argument.data_ptr() if isinstance(argument, Tensor) else argument or 0
         for argument in arguments
     )
-    # Both libraries keep a current device of their own.
-    with torch.cuda.device(device), cupy.cuda.Device(device.index):
-        pointer = torch.cuda.current_stream(device).cuda_stream
-        stream = cupy.cuda.Stream.from_external(_TorchStream(pointer))
-        function((launch.grid,), (launch.block,), values, stream=stream)
+    stream = _TorchStream(torch.cuda.current_stream(device).cuda_stream)
+    # Both libraries keep a current device of their own, and a CuPy stream belongs to the device
+    # that is current when it is made.
+    with (
+        torch.cuda.device(device),
+        cupy.cuda.Device(device.index),
+        cupy.cuda.Stream.from_external(stream),
+    ):
+        function((launch.grid,), (launch.block,), values)
