@@ -4,6 +4,7 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 RUST   := $(shell find rust cuda -type f) Cargo.toml Cargo.lock
+EMULATOR := $(shell find tests/ptx_emulator/src -type f) tests/ptx_emulator/Cargo.toml Cargo.toml Cargo.lock
 export VIRTUAL_ENV := $(CURDIR)/$(VENV)
 export HF_HUB_OFFLINE := 1
 
@@ -12,7 +13,7 @@ export HF_HUB_OFFLINE := 1
 help:  ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | column -t -s "$$(printf '\t')"
 
-setup: $(VENV)/.extension  ## create .venv with the built extension and all development tools
+setup: $(VENV)/.extension tests/ptx_emulator/_native.abi3.so  ## create .venv with the built extension and all development tools
 
 $(VENV)/.dependencies: requirements-dev.txt
 	$(PYTHON) -m venv $(VENV)
@@ -25,13 +26,17 @@ $(VENV)/.extension: $(VENV)/.dependencies $(RUST) pyproject.toml
 	$(BIN)/maturin develop --release --locked --quiet
 	@touch $@
 
+# The instrument that runs CUDA kernels on a CPU; no part of the wheel.
+tests/ptx_emulator/_native.abi3.so: $(VENV)/.dependencies $(EMULATOR)
+	PYO3_PYTHON=$(CURDIR)/$(BIN)/python bash tests/ptx_emulator/build.sh
+
 demo: setup  ## fine-tune SmolLM2-135M on a CPU and show what it learned (about 10 minutes)
 	$(BIN)/qlora-rs demo --output demo-output --overwrite
 
 test: setup test-rust test-python  ## run all tests
 
 test-rust:
-	cargo test --release --locked
+	cargo test --release --locked --workspace
 
 test-python: setup
 	$(BIN)/python -m pytest -q
@@ -41,16 +46,17 @@ bench: setup  ## measure beside torch and bitsandbytes, and write benches/record
 	$(BIN)/python -m benches.linear --record
 
 lint: setup  ## check format, lints and types
-	cargo fmt --check
-	cargo clippy --release --locked --all-targets -- -D warnings
+	cargo fmt --all --check
+	cargo clippy --release --locked --workspace --all-targets -- -D warnings
 	cargo clippy --release --locked --features python -- -D warnings
+	cargo clippy --release --locked --package ptx-emulator --features python -- -D warnings
 	$(BIN)/ruff check python tests benches
 	$(BIN)/ruff format --check python tests benches
 	$(BIN)/mypy
 	$(BIN)/python -m mypy.stubtest qlora_rs._rust
 
 format: setup  ## rewrite sources in the project's format
-	cargo fmt
+	cargo fmt --all
 	$(BIN)/ruff check --fix python tests benches
 	$(BIN)/ruff format python tests benches
 

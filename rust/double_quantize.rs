@@ -12,15 +12,77 @@ use crate::quantize::check_length;
 /// Groups per unit of parallel work.
 const GROUPS: usize = 16;
 
-/// The mean of `absmax`, summed exactly enough that the order of summation cannot show: f64 over
-/// fewer than 2^29 f32 values rounds to the same f32 as the exact mean but for ties.
+/// Exponents of finite float32 numbers, subnormal ones counted with the smallest normal ones.
+const EXPONENTS: usize = 254;
+
+/// 32-bit digits of a sum: 254 exponents, 24 bits of mantissa and 32 bits of count are below 320.
+const DIGITS: usize = 10;
+
+/// The mean of `absmax` (none negative), rounded once: the same on every device and for every order of
+/// summation.
+///
+/// The sum is exact, as integers: one bin of mantissas per exponent, then binary digits, then a
+/// division by hand. Values that are not finite are left out; [`double_quantize`] refuses them. At
+/// most 2^32 - 1 values.
 #[must_use]
 pub fn mean(absmax: &[f32]) -> f32 {
-    if absmax.is_empty() {
+    let mut bins = [0_u64; EXPONENTS];
+    for absmax in absmax {
+        let (exponent, fraction) = (absmax.to_bits() >> 23 & 255, absmax.to_bits() & 0x7f_ffff);
+        let hidden_bit = u32::from(exponent > 0) << 23;
+        if let Some(bin) = bins.get_mut(exponent.saturating_sub(1) as usize) {
+            *bin += u64::from(fraction | hidden_bit);
+        }
+    }
+    rounded_quotient(&digits(&bins), absmax.len() as u64)
+}
+
+/// The sum of `bins[s] * 2^s` in base 2^32, lowest digit first.
+fn digits(bins: &[u64; EXPONENTS]) -> [u64; DIGITS] {
+    let mut digits = [0; DIGITS];
+    let mut carry = 0_u128;
+    for (digit, bins) in digits.iter_mut().zip(bins.chunks(32)) {
+        // Bins are below 2^56, so the sum is below 2^89.
+        carry += bins.iter().enumerate().map(|(s, &bin)| u128::from(bin) << s).sum::<u128>();
+        *digit = carry as u64 & 0xffff_ffff;
+        carry >>= 32;
+    }
+    for digit in &mut digits[EXPONENTS.div_ceil(32)..] {
+        *digit = carry as u64 & 0xffff_ffff;
+        carry >>= 32;
+    }
+    digits
+}
+
+/// digits * 2^-149 / count, rounded to nearest, ties to even.
+fn rounded_quotient(digits: &[u64; DIGITS], count: u64) -> f32 {
+    let (mut quotient, mut remainder) = (0_u64, 0_u64);
+    let mut sticky = false;
+    // Exponent of the quotient's last bit, counted from 2^-149. Two digits hold at least 33 bits, 24 are
+    // wanted; what follows can only break a tie. One digit after the point: a sum of 1 is a tie at most.
+    let mut last = 32 * DIGITS as i32;
+    for digit in digits.iter().rev().copied().chain([0]) {
+        if quotient >> 32 > 0 {
+            sticky |= digit > 0;
+            continue;
+        }
+        let dividend = remainder << 32 | digit;
+        quotient = quotient << 32 | dividend.checked_div(count).unwrap_or(0);
+        remainder = dividend.checked_rem(count).unwrap_or(0);
+        last -= 32;
+    }
+    sticky |= remainder > 0;
+    if quotient == 0 {
         return 0.0;
     }
-    let sum: f64 = absmax.iter().map(|&a| f64::from(a)).sum();
-    (sum / absmax.len() as f64) as f32
+    let scale = (quotient.ilog2() as i32 + last - 23).max(0);
+    let drop = scale - last;
+    let half = 1_u64 << (drop - 1);
+    let rest = quotient & (2 * half - 1);
+    let mantissa = quotient >> drop;
+    let up = rest > half || (rest == half && (sticky || mantissa % 2 == 1));
+    // The mantissa's leading bit, if it has one, adds 1 to the exponent field; so does its overflow.
+    f32::from_bits(((scale as u32) << 23) + mantissa as u32 + u32::from(up))
 }
 
 /// Quantize `absmax` around `offset` into `codes` (one per block) and `nested_absmax` (one per 256).
@@ -71,7 +133,7 @@ fn quantize_group(absmax: &[f32], offset: f32, codes: &mut [u8], midpoints: &[f3
 ///
 /// The true midpoint of two f32 values may fall between two f32 values; rounding it down makes the
 /// f32 comparison `value > midpoint` agree with exact arithmetic.
-fn midpoints() -> [f32; 256] {
+pub(crate) fn midpoints() -> [f32; 256] {
     let mut midpoints = [f32::INFINITY; 256];
     for (midpoint, pair) in midpoints.iter_mut().zip(DYNAMIC_MAP.windows(2)) {
         // Exact: the sum of two f32 within a factor 2^28 of each other fits in an f64.
@@ -105,6 +167,22 @@ mod tests {
             let distance = |c: usize| (f64::from(DYNAMIC_MAP[c]) - f64::from(value)).abs();
             assert!((0..256).all(|other| distance(code) <= distance(other)), "{value} took {code}");
         }
+    }
+
+    #[test]
+    fn the_mean_is_rounded_once() {
+        assert_eq!(mean(&[]), 0.0);
+        assert_eq!(mean(&[0.0; 9]), 0.0);
+        assert_eq!(mean(&[f32::MAX; 1000]), f32::MAX);
+        assert_eq!(mean(&[f32::from_bits(1); 7]), f32::from_bits(1));
+        // Half of the smallest subnormal is a tie and goes to zero; a little more does not.
+        assert_eq!(mean(&[0.0, f32::from_bits(1)]), 0.0);
+        assert_eq!(mean(&[0.0, f32::from_bits(1), f32::from_bits(1)]), f32::from_bits(1));
+        // f64 loses these ones; together they lift the mean over a tie.
+        let mut values = vec![1.0_f32; 1 << 10];
+        values[0] = 2.0_f32.powi(64);
+        values[1] = 2.0_f32.powi(64) * (1.0 + f32::EPSILON);
+        assert_eq!(mean(&values), (2.0_f32.powi(64) * (1.0 + f32::EPSILON)) / 512.0);
     }
 
     #[test]

@@ -6,6 +6,7 @@
 
 pub mod codebook;
 pub mod cross_entropy;
+pub mod cuda;
 pub mod dequantize;
 pub mod double_quantize;
 pub mod element;

@@ -11,8 +11,8 @@ use pyo3::prelude::*;
 mod extension {
     #[pymodule_export]
     use super::functions::{
-        cpu_path, cpu_paths, cross_entropy, dequantize, double_quantize, dynamic_map, factor_gradient,
-        levels, multiply, quantize,
+        cpu_path, cpu_paths, cross_entropy, cuda_source, dequantize, double_quantize, dynamic_map,
+        factor_gradient, levels, multiply, quantize, refuse_non_finite,
     };
 
     use super::{Bound, PyModule, PyResult, exceptions};

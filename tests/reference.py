@@ -7,6 +7,7 @@ dynamic 8-bit data type: arXiv 1511.04561, section 2.2. Slow and plain on purpos
 from __future__ import annotations
 
 import statistics
+from fractions import Fraction
 
 import numpy as np
 
@@ -72,6 +73,23 @@ def pack(codes: np.ndarray) -> np.ndarray:
 def unpack(packed: np.ndarray, count: int) -> np.ndarray:
     """The other way."""
     return np.stack([packed >> 4, packed & 15], axis=1).reshape(-1)[:count]
+
+
+def nearest_float32(value: Fraction) -> np.float32:
+    """Rounded once, ties to an even last bit; below the largest float32."""
+    guess = np.float32(float(value))
+    sides = [np.nextafter(guess, np.float32(side)) for side in (-np.inf, np.inf)]
+    candidates = [c for c in (guess, *sides) if np.isfinite(c)]
+
+    def distance(c: np.float32) -> tuple[Fraction, int]:
+        return abs(Fraction(float(c)) - value), int(c.view(np.uint32)) % 2
+
+    return min(candidates, key=distance)
+
+
+def exact_mean(values: np.ndarray) -> np.float32:
+    """The mean in rational arithmetic, rounded once to float32."""
+    return nearest_float32(sum(map(Fraction, values.tolist()), Fraction(0)) / max(values.size, 1))
 
 
 def nearest(values: np.ndarray, table: np.ndarray) -> np.ndarray:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 
 import bitsandbytes.functional as bitsandbytes
 import numpy as np
@@ -12,6 +11,7 @@ import reference
 import strategies
 import torch
 from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor
 
 import qlora_rs
@@ -55,11 +55,17 @@ def test_the_dynamic_map_is_bitsandbytes_own_in_all_256_values(run_python) -> No
 
 
 @given(strategies.weights(), strategies.block_sizes)
-def test_the_offset_is_the_mean_to_one_ulp(weight: Tensor, block_size: int) -> None:
+def test_the_offset_is_the_exact_mean_rounded_once(weight: Tensor, block_size: int) -> None:
     absmax, packed = both(weight, block_size)
-    exact = math.fsum(absmax.tolist()) / absmax.size if absmax.size else 0.0
-    offset = packed.nested_offset.numpy()
-    assert abs(float(offset) - exact) <= float(np.spacing(np.abs(offset)))
+    assert float(packed.nested_offset) == float(reference.exact_mean(absmax))
+
+
+@given(st.lists(st.integers(0, 0x7F7FFFFF), min_size=1, max_size=9))
+def test_the_mean_is_exact_for_any_magnitudes(bits: list[int]) -> None:
+    absmax = np.array(bits, np.uint32).view(np.float32)
+    codes, nested = torch.empty(len(bits), dtype=torch.uint8), torch.empty(1)
+    capsules = [torch.utils.dlpack.to_dlpack(t) for t in (torch.from_numpy(absmax), codes, nested)]
+    assert _rust.double_quantize(*capsules, 1) == float(reference.exact_mean(absmax))
 
 
 @given(strategies.weights(), strategies.block_sizes)

@@ -6,6 +6,7 @@ import pytest
 import torch
 from strategies import FLOATS
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import qlora_rs
 
@@ -94,6 +95,25 @@ def test_shapes_are_known_without_data(packed: tuple, dtype: torch.dtype) -> Non
     y = OPS.linear(x, *meta, None)
     assert (y.shape, y.dtype, y.device.type) == ((2, 3, 10), dtype, "meta")
     assert OPS.linear_backward(y, *meta).shape == x.shape
+
+
+@pytest.mark.parametrize("name", ALL_OPERATORS)
+@pytest.mark.parametrize("key", ["CPU", "CUDA"])
+def test_every_operator_is_computed_on_both_kinds_of_device(name: str, key: str) -> None:
+    assert torch._C._dispatch_has_kernel_for_dispatch_key(f"qlora_rs::{name}", key)
+
+
+def test_a_graph_of_gpu_tensors_can_be_traced_without_a_gpu() -> None:
+    with FakeTensorMode():
+        weight, x = torch.empty(64, 128, device="cuda"), torch.empty(2, 3, 128, device="cuda")
+        parts = OPS.quantize(weight, 64, True)
+        packed = (*parts, torch.empty(256, device="cuda"), 64, 128, 64)
+        a, b = torch.empty(4, 128, device="cuda"), torch.empty(64, 4, device="cuda")
+        y, hidden = OPS.lora_linear(x, *packed, a, b, 0.5, None)
+        dense = OPS.dequantize(*packed, torch.bfloat16)
+        traced = (*parts, dense, y, hidden, OPS.linear_backward(y, *packed))
+        assert {t.device.type for t in traced} == {"cuda"}
+        assert y.shape == (2, 3, 64)
 
 
 class Block(nn.Module):

@@ -12,6 +12,7 @@ __all__ = [
     "cpu_path",
     "cpu_paths",
     "cross_entropy",
+    "cuda_source",
     "dequantize",
     "double_quantize",
     "dynamic_map",
@@ -19,6 +20,7 @@ __all__ = [
     "levels",
     "multiply",
     "quantize",
+    "refuse_non_finite",
 ]
 
 __version__: str
@@ -29,6 +31,8 @@ def cpu_path() -> str: ...
 def cpu_paths() -> list[str]: ...
 def levels() -> list[float]: ...
 def dynamic_map() -> list[float]: ...
+def cuda_source(name: str) -> str: ...
+def refuse_non_finite(count: int, total: int, first: int) -> None: ...
 def quantize(
     weight: _Capsule, block_size: int, codes: _Capsule, absmax: _Capsule, threads: int
 ) -> None: ...

@@ -75,6 +75,11 @@ def dequantize_tile(
     return out.to(dtype)
 
 
+def dequantize(packed: Packed, dtype: torch.dtype) -> Tensor:
+    """The dense matrix [out, in]."""
+    return dequantize_tile(packed, (0, packed.out_features), (0, packed.in_features), dtype)
+
+
 class LowRank(NamedTuple):
     """An adapter as a product's operand: A [r, in], B [out, r], alpha / r."""
 

@@ -194,8 +194,13 @@ def _check_operands(hidden: Tensor, weight: Weight, bias: Tensor | None) -> None
         )
     values = weight.codes if isinstance(weight, PackedWeight) else weight
     check_activations("hidden", hidden, weight.shape[1], values)
-    if hidden.device.type != "cpu":
+    if hidden.device.type == "meta":
         raise QloraError("hidden is on the meta device and has no values; load the model first")
+    if hidden.device.type != "cpu":
+        raise QloraError(
+            f"hidden is on {hidden.device}, and this loss is computed on the CPU only; move the "
+            'operands there with .to("cpu"), or use torch.nn.functional.cross_entropy'
+        )
     if isinstance(weight, Tensor) and weight.dtype != hidden.dtype:
         raise QloraError(
             f"weight must have hidden's dtype, got {weight.dtype} and {hidden.dtype}; convert one"

@@ -15,7 +15,7 @@ from torch import nn
 
 from qlora_rs.errors import QloraError
 from qlora_rs.layers import NF4Linear, QLoRALinear
-from qlora_rs.ops import check_weight
+from qlora_rs.ops import DEVICES, check_weight
 
 # Names of attention projections in the model families of transformers.
 ATTENTION = (
@@ -77,13 +77,13 @@ def quantize_model(
             check_weight(module.weight, block_size)
         except QloraError as error:
             raise QloraError(f"{name}: {error}; nothing was quantized") from error
-        if module.weight.device.type not in ("cpu", "meta"):
+        if module.weight.device.type not in DEVICES:
             raise QloraError(
                 f"{name}.weight is on {module.weight.device}; nothing was quantized, so move the "
                 'model to the CPU first with .to("cpu")'
             )
         # Before the first replacement, so that a refusal leaves the model whole.
-        if module.weight.device.type == "cpu" and not torch.isfinite(module.weight).all():
+        if module.weight.device.type != "meta" and not torch.isfinite(module.weight).all():
             count = int((~torch.isfinite(module.weight)).sum())
             first = int((~torch.isfinite(module.weight)).flatten().nonzero()[0])
             raise QloraError(

@@ -1,4 +1,4 @@
-"""torch operators `torch.ops.qlora_rs.*`: schema, shape rule and CPU kernel of each, in one place.
+"""torch operators `torch.ops.qlora_rs.*`: schema, shape rule and kernel of each, in one place.
 
 Autograd is attached in `autograd.py`; the public functions with PackedWeight are in
 `functional.py`. Every operator takes a packed weight as the same eight arguments:
@@ -15,13 +15,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qlora_rs import cpu
+from qlora_rs import cpu, gpu
 from qlora_rs.cpu import LowRank, Packed
 from qlora_rs.errors import QloraError
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 # float64 is for gradient checks: correct, not fast.
 ACTIVATIONS = (*FLOATS, torch.float64)
+# Where tensors may be. Computed on the first two, by `cpu.py` and `gpu.py`.
+DEVICES = ("cpu", "cuda", "meta")
 BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 
 _PACKED = (
@@ -78,9 +80,9 @@ def check_activations(
         raise QloraError(
             f"{name} is on {x.device} but the weight is on {codes.device}; move one of them"
         )
-    if x.device.type not in ("cpu", "meta"):
+    if x.device.type not in DEVICES:
         raise QloraError(
-            f"products on device {x.device} are not implemented yet; move the model and its "
+            f"{name} is on {x.device}, where no product is implemented; move the model and its "
             'inputs to the CPU with .to("cpu")'
         )
     if bias is not None and (bias.dtype != x.dtype or bias.device != x.device):
@@ -115,10 +117,15 @@ def _rows(x: Tensor) -> Tensor:
     return x.detach().resolve_neg().reshape(math.prod(x.shape[:-1]), x.shape[-1]).contiguous()
 
 
-@torch.library.register_kernel("qlora_rs::quantize", "cpu")
+def _compute(tensor: Tensor) -> Any:
+    """The module that computes where the tensor is."""
+    return gpu if tensor.is_cuda else cpu
+
+
+@torch.library.register_kernel("qlora_rs::quantize", ("cpu", "cuda"))
 def _quantize(weight: Tensor, block_size: int, double_quant: bool) -> tuple[Tensor, ...]:
     check_weight(weight, block_size)
-    return cpu.quantize(weight.contiguous(), block_size, double_quant)
+    return _compute(weight).quantize(weight.contiguous(), block_size, double_quant)
 
 
 @torch.library.register_fake("qlora_rs::quantize")
@@ -132,12 +139,11 @@ def _quantize_shape(weight: Tensor, block_size: int, double_quant: bool) -> tupl
     return codes, absmax, nested, offset
 
 
-@torch.library.register_kernel("qlora_rs::dequantize", "cpu")
+@torch.library.register_kernel("qlora_rs::dequantize", ("cpu", "cuda"))
 def _dequantize(*arguments: Any) -> Tensor:
     packed, (dtype,) = Packed(*arguments[:8]), arguments[8:]
     _check_output_dtype(dtype)
-    rows, columns = (0, packed.out_features), (0, packed.in_features)
-    return cpu.dequantize_tile(packed, rows, columns, dtype)
+    return _compute(packed.codes).dequantize(packed, dtype)
 
 
 @torch.library.register_fake("qlora_rs::dequantize")
@@ -153,12 +159,13 @@ def _check_output_dtype(dtype: torch.dtype) -> None:
 
 
 def linear(x: Tensor, *arguments: Any) -> Tensor:
-    """The operator's CPU kernel; see `functional.linear`."""
+    """The operator's kernel; see `functional.linear`."""
     packed, (bias,) = Packed(*arguments[:8]), arguments[8:]
     check_activations("x", x, packed.in_features, packed.codes, bias)
     _check_bias(bias, packed.out_features)
     bias = None if bias is None else cpu.plain(bias)
-    return cpu.linear(_rows(x), packed, bias).view(*x.shape[:-1], packed.out_features)
+    y = _compute(x).linear(_rows(x), packed, bias)
+    return y.view(*x.shape[:-1], packed.out_features)
 
 
 @torch.library.register_fake("qlora_rs::linear")
@@ -170,10 +177,10 @@ def _linear_shape(x: Tensor, *arguments: Any) -> Tensor:
 
 
 def linear_backward(grad: Tensor, *arguments: Any) -> Tensor:
-    """The operator's CPU kernel: dX [..., in] = dY [..., out] W."""
+    """The operator's kernel: dX [..., in] = dY [..., out] W."""
     packed = Packed(*arguments)
     check_activations("grad", grad, packed.out_features, packed.codes)
-    grad_x = cpu.linear_backward(_rows(grad), packed)
+    grad_x = _compute(grad).linear_backward(_rows(grad), packed)
     return grad_x.view(*grad.shape[:-1], packed.in_features)
 
 
@@ -185,14 +192,14 @@ def _linear_backward_shape(grad: Tensor, *arguments: Any) -> Tensor:
 
 
 def lora_linear(x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
-    """The operator's CPU kernel; see `functional.lora_linear`."""
+    """The operator's kernel; see `functional.lora_linear`."""
     packed, (lora_a, lora_b, scaling, bias) = Packed(*arguments[:8]), arguments[8:]
     check_activations("x", x, packed.in_features, packed.codes, bias)
     check_lora(lora_a, lora_b, packed)
     _check_bias(bias, packed.out_features)
     bias = None if bias is None else cpu.plain(bias)
     low_rank = LowRank(lora_a, lora_b, scaling)
-    y, hidden = cpu.lora_linear(_rows(x), packed, low_rank, bias)
+    y, hidden = _compute(x).lora_linear(_rows(x), packed, low_rank, bias)
     return y.view(*x.shape[:-1], packed.out_features), hidden
 
 
@@ -209,11 +216,11 @@ def _lora_linear_shape(x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
 def lora_linear_backward(
     grad: Tensor, x: Tensor, hidden: Tensor, *arguments: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The operator's CPU kernel: dX (empty if it is not needed), dA, dB."""
+    """The operator's kernel: dX (empty if it is not needed), dA, dB."""
     packed, (lora_a, lora_b, scaling, needs_x) = Packed(*arguments[:8]), arguments[8:]
     check_activations("grad", grad, packed.out_features, packed.codes)
     low_rank = LowRank(lora_a, lora_b, scaling)
-    grad_x, grad_a, grad_b = cpu.lora_linear_backward(
+    grad_x, grad_a, grad_b = _compute(grad).lora_linear_backward(
         _rows(grad), _rows(x), hidden.contiguous(), packed, low_rank, needs_x
     )
     return grad_x.view(x.shape) if needs_x else grad_x, grad_a, grad_b
@@ -230,7 +237,7 @@ def _lora_linear_backward_shape(
 
 
 for _kernel in (linear, linear_backward, lora_linear, lora_linear_backward):
-    torch.library.register_kernel(f"qlora_rs::{_kernel.__name__}", "cpu", _kernel)
+    torch.library.register_kernel(f"qlora_rs::{_kernel.__name__}", ("cpu", "cuda"), _kernel)
 
 
 def runs_directly(x: Tensor) -> bool:
@@ -251,13 +258,3 @@ def runs_directly(x: Tensor) -> bool:
         and torch._C._len_torch_function_stack() == 0
         and torch._C._get_tracing_state() is None
     )
-
-
-def _refuse_device(*arguments: Any) -> None:
-    raise QloraError(
-        'there are no GPU kernels yet; move the model and its inputs to the CPU with .to("cpu")'
-    )
-
-
-for _name in _SCHEMAS:
-    torch.library.register_kernel(f"qlora_rs::{_name}", "cuda", _refuse_device)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from qlora_rs import _rust
 from qlora_rs.errors import QloraError
-from qlora_rs.ops import BLOCK_SIZES, check_weight
+from qlora_rs.ops import BLOCK_SIZES, DEVICES, check_weight
 
 NESTED_BLOCK = 256
 # nested_absmax, nested_offset, nested_map
@@ -269,8 +269,8 @@ def _is_float32(value: object) -> bool:
 def quantize(weight: Tensor, block_size: int = 64, double_quant: bool = True) -> PackedWeight:
     """Pack a float matrix into NF4: 4.127 bits per weight, 4.5 without double quantization.
 
-    weight: [out, in], float32, float16 or bfloat16, finite, any strides, on the CPU. It is not
-    modified. block_size: 32 to 4096, a power of two.
+    weight: [out, in], float32, float16 or bfloat16, finite, any strides, on the CPU or a GPU. It is
+    not modified. block_size: 32 to 4096, a power of two.
     Raises QloraError for another dtype, shape or block size, and for NaN or infinite weights, with
     their count and first index. Allocates the output and, while double-quantizing, 4 bytes per
     block.
@@ -282,7 +282,7 @@ def quantize(weight: Tensor, block_size: int = 64, double_quant: bool = True) ->
     if not isinstance(weight, Tensor):
         raise QloraError(f"weight must be a torch.Tensor, got {type(weight).__name__}")
     check_weight(weight, block_size)
-    if weight.device.type not in ("cpu", "meta"):
+    if weight.device.type not in DEVICES:
         raise QloraError(f'weight is on {weight.device}; move it to the CPU first with .to("cpu")')
     weight = weight.detach()
     codes, absmax, *nested = torch.ops.qlora_rs.quantize(weight, block_size, double_quant)

@@ -1,8 +1,11 @@
 //! Borrow the arguments, let go of the interpreter, call the core.
 
 use super::arguments::{Argument, Scalar};
+use super::exceptions::QloraError;
 use crate::codebook::{DYNAMIC_MAP, LEVELS};
+use crate::cuda::SOURCES;
 use crate::element::Element;
+use crate::error::Error;
 use crate::gemm::factors::FactorGradient;
 use crate::gemm::{Direction, LowRank, Product};
 use crate::matmul;
@@ -94,6 +97,19 @@ pub fn levels() -> [f32; 16] {
 #[pyfunction]
 pub fn dynamic_map() -> Vec<f32> {
     DYNAMIC_MAP.to_vec()
+}
+
+/// The text of a file in `cuda/`.
+#[pyfunction]
+pub fn cuda_source(name: &str) -> PyResult<&'static str> {
+    let found = SOURCES.iter().find(|(file, _)| *file == name).map(|(_, text)| *text);
+    found.ok_or_else(|| QloraError::new_err(format!("cuda/ has no file {name}")))
+}
+
+/// Raise what `quantize` raises for weights that are NaN or infinite.
+#[pyfunction]
+pub fn refuse_non_finite(count: usize, total: usize, first: usize) -> PyResult<()> {
+    Err(Error::NonFinite { count, total, first }.into())
 }
 
 /// Float weights → codes and absmax, into the given tensors.

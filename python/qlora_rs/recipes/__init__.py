@@ -17,6 +17,7 @@ Read in the order a training line travels:
     generate.py      batched greedy answers
     calendar_dates.py, scores.py, memory_peer.py, demo.py    the demonstration
     doctor.py        versions, CPU path, GPU, self-test
+    gpu_report.py    what the CUDA kernels need and what adds it
 
 Nothing here is imported by ``import qlora_rs``; it needs ``pip install "qlora_rs[train]"``.
 """

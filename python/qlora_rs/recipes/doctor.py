@@ -31,6 +31,7 @@ def diagnose() -> dict[str, Any]:
 
     import qlora_rs
     from qlora_rs import _rust
+    from qlora_rs.recipes.gpu_report import gpu_report
 
     return {
         "qlora_rs": qlora_rs.__version__,
@@ -42,7 +43,7 @@ def diagnose() -> dict[str, Any]:
         "cpu_paths": _rust.cpu_paths(),
         "torch_cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "threads": torch.get_num_threads(),
-        "gpu": _gpu(),
+        "gpu": gpu_report(),
         "self_test": self_test(),
     }
 
@@ -121,32 +122,9 @@ def _features() -> list[str]:
     return []
 
 
-def _gpu() -> dict[str, Any]:
-    """Say which NVIDIA GPU torch sees, whether CuPy is there, and the command that adds it."""
-    import torch
-
-    cupy = next((v for v in map(_version, ("cupy-cuda13x", "cupy-cuda12x", "cupy")) if v), None)
-    if not torch.cuda.is_available():
-        driver = Path("/proc/driver/nvidia/version").exists()
-        reason = (
-            "an NVIDIA driver is present, but this torch has no CUDA or cannot use it"
-            if driver
-            else "no NVIDIA GPU; everything runs on the CPU"
-        )
-        return {"name": None, "detail": reason, "cupy": cupy, "add_cupy": None}
-    major = (torch.version.cuda or "12").split(".")[0]
-    extra = "cuda13" if major == "13" else "cuda12"
-    command = None if cupy else f'pip install "qlora_rs[{extra}]"'
-    return {
-        "name": torch.cuda.get_device_name(0),
-        "detail": f"torch built for CUDA {torch.version.cuda}",
-        "cupy": cupy,
-        "add_cupy": command,
-    }
-
-
 def doctor_text(report: dict[str, Any]) -> str:
     """Lay the report out for a person."""
+    from qlora_rs.recipes.gpu_report import gpu_rows
     from qlora_rs.recipes.report import table
 
     rows = [
@@ -156,11 +134,8 @@ def doctor_text(report: dict[str, Any]) -> str:
         ("cpu features", " ".join(report["cpu_features"]) or "unknown"),
         ("cpu path", f"{report['cpu_path']} (possible here: {', '.join(report['cpu_paths'])})"),
         ("torch threads", f"{report['threads']} ({report['torch_cpu_capability']} kernels)"),
-        ("gpu", report["gpu"]["name"] or "none"),
-        ("", report["gpu"]["detail"]),
+        *gpu_rows(report["gpu"]),
     ]
-    if report["gpu"]["name"]:
-        rows.append(("cupy", report["gpu"]["cupy"] or f"missing: {report['gpu']['add_cupy']}"))
     for name, extra in PACKAGES.items():
         version = report["packages"][name]
         rows.append((name, version or f'missing: pip install "qlora_rs[{extra}]"'))

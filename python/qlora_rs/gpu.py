@@ -1,0 +1,208 @@
+"""GPU compute of the operators: the counterpart of `cpu.py`, with the same bytes.
+
+Every function takes tensors of one device and the `launcher` that starts kernels there. Tests pass
+one that executes the kernels' PTX without a GPU, so all of this file runs in them.
+
+Products decode some rows of the weight at a time, `CHUNK_BYTES` at most (but at least the rows
+between two that begin a block), and multiply those with torch's matmul. Sums are float32 within a
+chunk. Forward, a chunk holds whole sums; backward, dX is rounded to its dtype once per chunk.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from qlora_rs import _rust, kernels
+from qlora_rs.cpu import LowRank, Packed
+from qlora_rs.errors import QloraError
+from qlora_rs.kernels import Launcher
+
+NESTED_BLOCK = 256
+# Decoded weights that a product holds at any one time; they stay in the L2 cache of large GPUs.
+CHUNK_BYTES = 16 << 20
+# Sums of mantissas for each exponent of float32, then what was refused: 64 bits each.
+_EXPONENTS = 254
+
+
+def _aligned(tensor: Tensor, alignment: int) -> Tensor:
+    """The tensor contiguous, at an address where a kernel's vectors may start; else a copy."""
+    tensor = tensor.detach().resolve_neg().contiguous()
+    return tensor.clone() if tensor.data_ptr() % alignment else tensor
+
+
+def _is_capturing(tensor: Tensor) -> bool:
+    return tensor.is_cuda and torch.cuda.is_current_stream_capturing()
+
+
+def quantize(
+    weight: Tensor, block_size: int, double_quant: bool, launcher: Launcher = kernels.launch
+) -> tuple[Tensor, ...]:
+    """codes, absmax, nested_absmax, nested_offset; the last two are empty without double_quant.
+
+    Raises QloraError for NaN and infinite weights, for which it waits for the device. While a CUDA
+    graph is captured nothing can be waited for: there, such weights decode to NaN.
+    """
+    count, blocks = weight.numel(), -(-weight.numel() // block_size)
+    if blocks >= 1 << 32:
+        raise QloraError(
+            f"a weight of {count} elements has {blocks} blocks of {block_size}; a GPU quantizes at "
+            "most 2^32 - 1 at a time, so split it by rows"
+        )
+    weight = _aligned(weight, 16)
+    codes = weight.new_empty(((count + 1) // 2, 1), dtype=torch.uint8)
+    absmax = weight.new_empty(blocks, dtype=torch.float32)
+    workspace = weight.new_zeros(_EXPONENTS + 2, dtype=torch.int64)
+    sums, refused = workspace.split((_EXPONENTS, 2))
+    if count:
+        launch = kernels.quantize_nf4(count, weight.dtype, block_size, double_quant)
+        launcher(launch, weight, count, codes, absmax, refused, sums)
+    nested = (absmax.new_empty(0), absmax.new_empty(0))
+    if double_quant:
+        single, absmax = absmax, absmax.new_empty(blocks, dtype=torch.uint8)
+        nested = (single.new_empty(-(-blocks // NESTED_BLOCK)), single.new_zeros(()))
+        if count:
+            launcher(
+                kernels.double_quantize(blocks), single, blocks, refused, sums, absmax, *nested
+            )
+    if count and not _is_capturing(weight):
+        bad, distance_of_first = refused.tolist()
+        if bad:
+            _rust.refuse_non_finite(bad, count, count - distance_of_first)
+    return codes, absmax, *nested
+
+
+def check(packed: Packed) -> None:
+    """Refuse parts that do not fit together: kernels trust the sizes."""
+    count = packed.out_features * packed.in_features
+    blocks = -(-count // packed.block_size)
+    nested = packed.nested_absmax is not None
+    parts: list[tuple[str, Tensor | None, torch.dtype, int]] = [
+        ("codes", packed.codes, torch.uint8, (count + 1) // 2),
+        ("absmax", packed.absmax, torch.uint8 if nested else torch.float32, blocks),
+    ]
+    if nested:
+        groups = -(-blocks // NESTED_BLOCK)
+        parts += [
+            ("nested_absmax", packed.nested_absmax, torch.float32, groups),
+            ("nested_offset", packed.nested_offset, torch.float32, 1),
+            ("nested_map", packed.nested_map, torch.float32, 256),
+        ]
+    for name, part, dtype, length in parts:
+        if part is None or (part.dtype, part.numel()) != (dtype, length):
+            found = "None" if part is None else f"{part.numel()} of {part.dtype}"
+            raise QloraError(
+                f"{name} of a {packed.out_features} x {packed.in_features} weight in blocks of "
+                f"{packed.block_size} must hold {length} elements of {dtype}, got {found}"
+            )
+        if part.device != packed.codes.device:
+            raise QloraError(
+                f"{name} is on {part.device} but codes are on {packed.codes.device}; move one of "
+                "them"
+            )
+
+
+def dequantize_rows(
+    packed: Packed, start: int, end: int, dtype: torch.dtype, launcher: Launcher = kernels.launch
+) -> Tensor:
+    """W[start:end] as a dense tensor; row `start` must begin at a block's start (`row_step`)."""
+    columns = packed.in_features
+    # float64 serves gradient checks: the weight's value is the float32 one, exactly.
+    stored = torch.float32 if dtype == torch.float64 else dtype
+    out = packed.codes.new_empty((end - start, columns), dtype=stored)
+    if out.numel():
+        nested = packed.nested_absmax is not None
+        launcher(
+            kernels.dequantize_nf4(out.numel(), stored, packed.block_size, nested),
+            _aligned(packed.codes, 4),
+            *(None if part is None else _aligned(part, 4) for part in packed[1:5]),
+            start * columns,
+            out.numel(),
+            out,
+        )
+    return out.to(dtype)
+
+
+def row_step(packed: Packed) -> int:
+    """Every so many rows, a row begins at a block's start."""
+    return packed.block_size // math.gcd(packed.block_size, packed.in_features)
+
+
+def dequantize(packed: Packed, dtype: torch.dtype, launcher: Launcher = kernels.launch) -> Tensor:
+    """The dense matrix [out, in]."""
+    check(packed)
+    return dequantize_rows(packed, 0, packed.out_features, dtype, launcher)
+
+
+def _chunks(
+    packed: Packed, dtype: torch.dtype, launcher: Launcher
+) -> Iterator[tuple[slice, Tensor]]:
+    """Runs of output features and their rows of W, decoded."""
+    step = row_step(packed)
+    row_bytes = max(packed.in_features * dtype.itemsize, 1)
+    rows = max(CHUNK_BYTES // row_bytes // step, 1) * step
+    for start in range(0, packed.out_features, rows):
+        end = min(start + rows, packed.out_features)
+        yield slice(start, end), dequantize_rows(packed, start, end, dtype, launcher)
+
+
+def linear(
+    x: Tensor, packed: Packed, bias: Tensor | None, launcher: Launcher = kernels.launch
+) -> Tensor:
+    """y [rows, out] = x [rows, in] Wᵀ + bias."""
+    check(packed)
+    y = x.new_empty((x.shape[0], packed.out_features))
+    for features, weight in _chunks(packed, x.dtype, launcher):
+        if bias is None:
+            torch.mm(x, weight.t(), out=y[:, features])
+        else:
+            torch.addmm(bias[features], x, weight.t(), out=y[:, features])
+    return y
+
+
+def linear_backward(grad: Tensor, packed: Packed, launcher: Launcher = kernels.launch) -> Tensor:
+    """dX [rows, in] = dY [rows, out] W."""
+    check(packed)
+    grad_x = grad.new_zeros((grad.shape[0], packed.in_features))
+    for features, weight in _chunks(packed, grad.dtype, launcher):
+        grad_x.addmm_(grad[:, features], weight)
+    return grad_x
+
+
+def lora_linear(
+    x: Tensor,
+    packed: Packed,
+    low_rank: LowRank,
+    bias: Tensor | None,
+    launcher: Launcher = kernels.launch,
+) -> tuple[Tensor, Tensor]:
+    """y = x Wᵀ + hidden Bᵀ + bias and hidden = scaling x Aᵀ."""
+    y = linear(x, packed, bias, launcher)
+    hidden = (x @ low_rank.lora_a.to(x.dtype).t()).mul_(low_rank.scaling)
+    return y.addmm_(hidden, low_rank.lora_b.to(x.dtype).t()), hidden
+
+
+def lora_linear_backward(
+    grad: Tensor,
+    x: Tensor,
+    hidden: Tensor,
+    packed: Packed,
+    low_rank: LowRank,
+    needs_x: bool,
+    launcher: Launcher = kernels.launch,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dX = dY W + g A with g = scaling dY B; dA = gᵀ x; dB = dYᵀ hidden.
+
+    Without `needs_x`, dX is empty. dA and dB come in the factors' own dtypes.
+    """
+    lora_a, lora_b, scaling = low_rank
+    grad_hidden = (grad @ lora_b.to(grad.dtype)).mul_(scaling)
+    grad_x = grad.new_empty(0)
+    if needs_x:
+        grad_x = linear_backward(grad, packed, launcher)
+        grad_x.addmm_(grad_hidden, lora_a.to(grad.dtype))
+    grad_a = (grad_hidden.t() @ x).to(lora_a.dtype)
+    return grad_x, grad_a, (grad.t() @ hidden).to(lora_b.dtype)

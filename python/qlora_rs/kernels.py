@@ -1,0 +1,213 @@
+"""The CUDA kernels of `cuda/`: how each is compiled and launched.
+
+A `Launch` says everything about one: source, -D constants, grid and block. It comes from a pure
+function of sizes, which tests call too when they run the same PTX without a GPU: what is tested
+is what launches.
+
+`launch` compiles for the device at hand (once per machine: `kernel_cache.py`), loads with CuPy and
+starts the kernel on torch's current stream. Tensors are allocated by torch; nothing is allocated or
+waited for here, so a CUDA graph can capture it, once the kernel was launched before the capture.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from qlora_rs import _rust, kernel_cache, nvrtc
+from qlora_rs.errors import QloraError
+
+THREADS = 256
+# Weights that one CTA decodes. A small matrix takes the small tile, so that it has enough CTAs for
+# all multiprocessors; both are multiples of every block size.
+TILES = (1 << 13, 1 << 15)
+LARGE_MATRIX = 1 << 24
+# A warp each.
+NESTED_GROUPS_PER_CTA = THREADS // 32
+# The kernels convert with instructions of compute capability 8.0 (A100 and newer).
+OLDEST_ARCHITECTURE = 80
+# The format's arithmetic is IEEE: subnormal numbers kept, divisions rounded to nearest, products
+# and sums rounded one by one unless a kernel asks for a fused multiply-add.
+OPTIONS = (
+    "--std=c++17",
+    "--fmad=false",
+    "--ftz=false",
+    "--prec-div=true",
+    "--prec-sqrt=true",
+    # For profilers, compute-sanitizer and the emulator: which line an instruction comes from.
+    "--generate-line-info",
+)
+_FLOATS = {torch.float32: "32", torch.float16: "16", torch.bfloat16: "0x16B"}
+
+
+class Launch(NamedTuple):
+    """One kernel launch but for its arguments: `grid` CTAs of `block` threads."""
+
+    kernel: str
+    constants: tuple[tuple[str, str], ...]
+    grid: int
+    block: int = THREADS
+
+
+# Starts a kernel with tensors and integers as arguments.
+Launcher = Callable[..., None]
+
+
+def _vector(dtype: torch.dtype) -> int:
+    """Weights in 16 bytes."""
+    return 16 // dtype.itemsize
+
+
+def quantize_nf4(count: int, dtype: torch.dtype, block_size: int, double_quant: bool) -> Launch:
+    """`cuda/quantize_nf4.cu` over `count` weights.
+
+    >>> quantize_nf4(4096 * 4096, torch.bfloat16, 64, True).grid
+    2048
+    """
+    lanes = min(block_size // _vector(dtype), 32)
+    steps = 4 if block_size == lanes * _vector(dtype) else 1
+    blocks = steps * (THREADS // lanes)
+    constants = (
+        ("FLOAT", _FLOATS[dtype]),
+        ("BLOCK_SIZE", str(block_size)),
+        ("BLOCKS_PER_CTA", str(blocks)),
+        ("DOUBLE_QUANT", str(int(double_quant))),
+    )
+    return Launch("quantize_nf4", constants, -(-count // (blocks * block_size)))
+
+
+def double_quantize(blocks: int) -> Launch:
+    """`cuda/double_quantize.cu` over `blocks` absmax.
+
+    >>> double_quantize(4096 * 64).grid
+    128
+    """
+    constants = (("GROUPS_PER_CTA", str(NESTED_GROUPS_PER_CTA)),)
+    return Launch("double_quantize", constants, -(-blocks // (256 * NESTED_GROUPS_PER_CTA)))
+
+
+def dequantize_nf4(count: int, dtype: torch.dtype, block_size: int, double_quant: bool) -> Launch:
+    """`cuda/dequantize_nf4.cu` over `count` weights.
+
+    >>> dequantize_nf4(4096 * 4096, torch.bfloat16, 64, True).grid
+    512
+    """
+    tile = TILES[count >= LARGE_MATRIX]
+    constants = (
+        ("FLOAT", _FLOATS[dtype]),
+        ("BLOCK_SIZE", str(block_size)),
+        ("TILE", str(tile)),
+        ("DOUBLE_QUANT", str(int(double_quant))),
+    )
+    return Launch("dequantize_nf4", constants, -(-count // tile))
+
+
+@functools.cache
+def _source(kernel: str) -> tuple[str, dict[str, str]]:
+    """A kernel's text and that of the headers it includes."""
+    text = _rust.cuda_source(f"{kernel}.cu")
+    names = re.findall(r'^#include "(.+)"$', text, re.MULTILINE)
+    return text, {name: _rust.cuda_source(name) for name in names}
+
+
+def compile_kernel(
+    kernel: str, constants: tuple[tuple[str, str], ...], architecture: int
+) -> nvrtc.Compiled:
+    """PTX and machine code of a kernel for one compute capability times 10, e.g. 90."""
+    text, headers = _source(kernel)
+    defines = [f"-D{name}={value}" for name, value in constants]
+    options = [*OPTIONS, f"--gpu-architecture=sm_{architecture}", *defines]
+    return nvrtc.compile_program(f"{kernel}.cu", text, headers, options)
+
+
+def target(capability: tuple[int, int], known: tuple[int, ...]) -> tuple[int, bool]:
+    """The architecture to compile for, and whether its machine code runs on the device.
+
+    capability: the device's; known: the compiler's. Machine code runs on its own major version from
+    its minor version on; PTX of an older one is translated by the driver.
+    Raises QloraError for a device that is too old.
+
+    >>> target((8, 9), (80, 86, 89, 90)), target((12, 1), (80, 90, 120)), target((13, 0), (80, 120))
+    ((89, True), (120, True), (120, False))
+    """
+    device = 10 * capability[0] + capability[1]
+    usable = [a for a in known if OLDEST_ARCHITECTURE <= a <= device]
+    if not usable:
+        raise QloraError(
+            f"the kernels need a GPU of compute capability 8.0 (A100) or newer, this one has "
+            f'{capability[0]}.{capability[1]}; use the CPU: .to("cpu")'
+        )
+    best = max(usable)
+    return best, best // 10 == capability[0]
+
+
+def _build(launch: Launch, architecture: int, machine_code: bool) -> bytes:
+    compiled = compile_kernel(launch.kernel, launch.constants, architecture)
+    # The driver reads PTX up to a NUL.
+    return compiled.cubin if machine_code else compiled.ptx.encode() + b"\0"
+
+
+def binary(launch: Launch, capability: tuple[int, int]) -> str:
+    """The file with a kernel's code for a device, compiled if it is not cached."""
+    architecture, machine_code = target(capability, nvrtc.architectures())
+    text, headers = _source(launch.kernel)
+    key = kernel_cache.key(
+        text, *headers.values(), *OPTIONS, launch.constants, architecture, nvrtc.version()
+    )
+    suffix = "cubin" if machine_code else "ptx"
+    name = f"{launch.kernel}-{architecture}"
+    build = functools.partial(_build, launch, architecture, machine_code)
+    return str(kernel_cache.fetch(name, key, suffix, build))
+
+
+@functools.cache
+def _load(kernel: str, constants: tuple[tuple[str, str], ...], capability: tuple[int, int]) -> Any:
+    try:
+        import cupy
+    except ImportError as error:
+        raise QloraError(
+            "CuPy, which launches the CUDA kernels, cannot be imported "
+            f'({error}): {nvrtc.ADD_NVRTC} brings it, or use the CPU: .to("cpu")'
+        ) from error
+    # CuPy loads the module into each device's context on the first call there.
+    module = cupy.RawModule(path=binary(Launch(kernel, constants, 0), capability))
+    return module.get_function(kernel)
+
+
+class _TorchStream(NamedTuple):
+    """A stream as NVIDIA's stream protocol shows it, for every version of torch."""
+
+    pointer: int
+
+    def __cuda_stream__(self) -> tuple[int, int]:
+        return 0, self.pointer
+
+
+def launch(launch: Launch, *arguments: Tensor | int | None) -> None:
+    """Start a kernel on the current stream of the device that holds its tensors.
+
+    Tensors are passed by address (None by the null address) and must be contiguous; integers have
+    64 bits.
+    """
+    device = next(a.device for a in arguments if isinstance(a, Tensor))
+    function = _load(launch.kernel, launch.constants, torch.cuda.get_device_capability(device))
+    import cupy
+
+    values = tuple(
+        argument.data_ptr() if isinstance(argument, Tensor) else argument or 0
+        for argument in arguments
+    )
+    stream = _TorchStream(torch.cuda.current_stream(device).cuda_stream)
+    # Both libraries keep a current device of their own, and a CuPy stream belongs to the device
+    # that is current when it is made.
+    with (
+        torch.cuda.device(device),
+        cupy.cuda.Device(device.index),
+        cupy.cuda.Stream.from_external(stream),
+    ):
+        function((launch.grid,), (launch.block,), values)

@@ -1,0 +1,114 @@
+"""On a real GPU, by `pytest -m gpu`: what no emulator shows. Streams, graphs, devices, the launch.
+
+The kernels' arithmetic is tested without one, in `test_cuda_quantize.py` and
+`test_cuda_dequantize.py`.
+"""
+
+from __future__ import annotations
+
+import pytest
+import strategies
+import torch
+from hypothesis import given, settings
+from strategies import BLOCK_SIZES, FLOATS
+from torch import Tensor, nn
+
+import qlora_rs
+from qlora_rs import QloraError
+
+pytestmark = pytest.mark.gpu
+
+GPU = torch.device("cuda")
+
+
+def assert_same(ours: qlora_rs.PackedWeight, theirs: qlora_rs.PackedWeight) -> None:
+    for mine, other in zip(ours.arguments()[:5], theirs.arguments()[:5], strict=True):
+        assert (mine is None) == (other is None)
+        assert mine is None or torch.equal(mine.cpu(), other.cpu())
+
+
+@given(strategies.weights(), strategies.block_sizes)
+@settings(max_examples=300)
+def test_both_devices_pack_and_decode_the_same_bytes(weight: Tensor, block_size: int) -> None:
+    on_cpu = qlora_rs.quantize(weight, block_size)
+    on_gpu = qlora_rs.quantize(weight.to(GPU), block_size)
+    assert_same(on_gpu, on_cpu)
+    for dtype in FLOATS:
+        assert torch.equal(on_gpu.dequantize(dtype).cpu(), on_cpu.dequantize(dtype))
+
+
+@pytest.mark.parametrize("block_size", BLOCK_SIZES)
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_a_large_matrix(dtype: torch.dtype, block_size: int) -> None:
+    weight = torch.randn(4096, 4097).to(dtype)
+    on_gpu = qlora_rs.quantize(weight.to(GPU), block_size)
+    assert_same(on_gpu, qlora_rs.quantize(weight, block_size))
+
+
+def test_the_same_bytes_two_hundred_times() -> None:
+    weight = torch.randn(1024, 1031, device=GPU)
+    first = qlora_rs.quantize(weight)
+    for _ in range(200):
+        assert_same(qlora_rs.quantize(weight), first)
+
+
+def test_a_bad_weight_is_refused_with_the_cpus_sentence() -> None:
+    weight = torch.randn(64, 64)
+    weight[3, 7] = float("nan")
+    with pytest.raises(QloraError) as expected:
+        qlora_rs.quantize(weight)
+    with pytest.raises(QloraError) as found:
+        qlora_rs.quantize(weight.to(GPU))
+    assert str(found.value) == str(expected.value)
+
+
+def test_work_is_queued_on_the_current_stream() -> None:
+    weight = torch.randn(2048, 2048, device=GPU)
+    expected = qlora_rs.quantize(weight).dequantize()
+    torch.cuda.synchronize()
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        # The copy is not over when the kernels are queued behind it.
+        copy = torch.empty_like(weight).copy_(weight)
+        found = qlora_rs.quantize(copy).dequantize()
+    stream.synchronize()
+    assert torch.equal(found, expected)
+
+
+def test_a_graph_captures_decoding_and_products_and_replays_them() -> None:
+    packed = qlora_rs.quantize(torch.randn(256, 512, device=GPU))
+    x = torch.randn(8, 512, device=GPU)
+    qlora_rs.linear(x, packed)  # loads the kernels, as torch's notes on graphs advise
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = qlora_rs.linear(x, packed)
+    x.copy_(torch.randn(8, 512))
+    graph.replay()
+    assert torch.equal(y, qlora_rs.linear(x, packed))
+
+
+def test_a_device_that_is_not_the_current_one() -> None:
+    last = torch.device("cuda", torch.cuda.device_count() - 1)
+    with torch.cuda.device(0):
+        packed = qlora_rs.quantize(torch.ones(64, 64, device=last))
+        assert packed.device == last
+        assert bool((packed.dequantize() == 1).all())
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_a_lora_layer_learns_as_on_the_cpu(dtype: torch.dtype) -> None:
+    base = qlora_rs.NF4Linear.from_linear(nn.Linear(512, 256).to(dtype))
+    layer = qlora_rs.QLoRALinear(base, r=8, alpha=16)
+    nn.init.normal_(layer.lora_B)
+    x, upstream = torch.randn(33, 512).to(dtype), torch.randn(33, 256).to(dtype)
+    results = []
+    for device in ("cpu", GPU):
+        layer = layer.to(device)
+        leaf = x.to(device).requires_grad_()
+        y = layer(leaf)
+        gradients = torch.autograd.grad(y, (leaf, layer.lora_A, layer.lora_B), upstream.to(device))
+        results.append([t.detach().cpu().double() for t in (y, *gradients)])
+    tolerance = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}[dtype]
+    for on_cpu, on_gpu in zip(*results, strict=True):
+        assert float((on_cpu - on_gpu).abs().max()) <= tolerance * float(on_cpu.abs().max())
