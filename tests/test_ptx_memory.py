@@ -272,3 +272,14 @@ def test_an_impossible_launch_is_refused_with_its_numbers():
         run("a[t] = t;", output(np.zeros(1025, np.int32)), block=1025)
     with pytest.raises(Refusal, match="shared memory"):
         run("extern __shared__ int s[]; a[t] = s[t];", output(np.zeros(32, np.int32)), shared=2**18)
+
+
+def test_numbers_are_made_to_fit_their_parameters():
+    source = """extern "C" __global__ void kernel(float* y, float f, double d, char c, long long n) {
+        y[0] = f; y[1] = d; y[2] = c; y[3] = n; }"""
+    module = Module(compile_cuda(source))
+    values = [2, np.float64(0.5), -3, 2**40]
+    result = module.launch("kernel", [output(np.zeros(4, np.float32)), *values], grid=1, block=1)
+    np.testing.assert_array_equal(result.arrays[0], [2, 0.5, -3, 2**40])
+    with pytest.raises(TypeError, match="is an integer"):
+        module.launch("kernel", [output(np.zeros(4, np.float32)), 1, 1, 1.5, 1], grid=1, block=1)
