@@ -64,4 +64,4 @@ wheel: setup  ## build a release wheel into dist/
 	$(BIN)/maturin build --release --locked --out dist
 
 clean:  ## remove everything that the other commands made
-	rm -rf $(VENV) target dist demo-output
+	rm -rf $(VENV) target dist demo-output tests/ptx_emulator/_native.abi3.so

@@ -1,5 +1,6 @@
-"""State spaces, vector and sub-word accesses, generic addresses, atomics, calls, and flow of control."""
+"""State spaces, narrow and vector accesses, generic addresses, atomics, calls, flow of control."""
 
+# ruff: noqa: E501 (CUDA source reads best unwrapped)
 from __future__ import annotations
 
 import numpy as np
@@ -76,7 +77,7 @@ def test_local_arrays_belong_to_their_thread_and_start_uninitialised():
     """
     result = run(body, output(np.zeros(32, np.int32)), 8)
     np.testing.assert_array_equal(result.arrays[0], 800 * np.arange(32) + 28)
-    with pytest.raises(Refusal, match="uninitialised.*never written"):
+    with pytest.raises(Refusal, match=r"uninitialised.*never written"):
         run(body, output(np.zeros(32, np.int32)), 7)
 
 
@@ -98,8 +99,8 @@ def test_constants_device_variables_and_generic_addresses():
     ]  # shared, local, constant
     np.testing.assert_array_equal(result.arrays[0], expected)
     assert np.frombuffer(result.variables["total"], np.int32)[0] == 1 + 31 * 16
+    body = """int* p = (int*)table; asm volatile("" : "+l"(p)); *p = 1; a[0] = 1;"""
     with pytest.raises(Refusal, match="read-only"):
-        body = """int* p = (int*)table; asm volatile("" : "+l"(p)); *p = 1; a[0] = 1;"""
         run(body, output(np.zeros(1, np.int32)), prelude=prelude)
 
 
@@ -212,15 +213,15 @@ def test_acquire_and_release_order_shared_memory_between_warps():
     for schedule in SCHEDULES:
         result = run(body, fresh, forty_two, block=64, schedule=schedule)
         assert result.arrays[0][0] == 42
+    relaxed = body.replace("st.release.cta", "st.relaxed.cta")
     with pytest.raises(Refusal, match="race"):
-        relaxed = body.replace("st.release.cta", "st.relaxed.cta")
         run(relaxed, fresh, forty_two, block=64)
 
 
 def test_printing_is_ignored_and_a_failed_assertion_is_named():
     result = run('printf("%d\\n", t); a[t] = t;', output(np.zeros(32, np.int32)))
     assert result.arrays[0][31] == 31
-    with pytest.raises(Refusal, match="trap.*thread \\(7, 0, 0\\)"):
+    with pytest.raises(Refusal, match=r"trap.*thread \(7, 0, 0\)"):
         run('if (t == 7) asm volatile("trap;"); a[t] = t;', output(np.zeros(32, np.int32)))
 
 
@@ -271,3 +272,14 @@ def test_an_impossible_launch_is_refused_with_its_numbers():
         run("a[t] = t;", output(np.zeros(1025, np.int32)), block=1025)
     with pytest.raises(Refusal, match="shared memory"):
         run("extern __shared__ int s[]; a[t] = s[t];", output(np.zeros(32, np.int32)), shared=2**18)
+
+
+def test_numbers_are_made_to_fit_their_parameters():
+    source = """extern "C" __global__ void kernel(float* y, float f, double d, char c, long long n) {
+        y[0] = f; y[1] = d; y[2] = c; y[3] = n; }"""
+    module = Module(compile_cuda(source))
+    values = [2, np.float64(0.5), -3, 2**40]
+    result = module.launch("kernel", [output(np.zeros(4, np.float32)), *values], grid=1, block=1)
+    np.testing.assert_array_equal(result.arrays[0], [2, 0.5, -3, 2**40])
+    with pytest.raises(TypeError, match="is an integer"):
+        module.launch("kernel", [output(np.zeros(4, np.float32)), 1, 1, 1.5, 1], grid=1, block=1)

@@ -16,11 +16,11 @@ VERDICTS: list[tuple[str, str, str]] = []
 def _table(request):
     """Print the table of verdicts when the module has run."""
     yield
-    reporter = request.config.pluginmanager.get_plugin("terminalreporter")
-    if reporter is not None and VERDICTS:
-        reporter.write_line("")
-        for kernel, bug, verdict in VERDICTS:
-            reporter.write_line(f"  {kernel:<26} {bug:<46} {verdict}")
+    capture = request.config.pluginmanager.getplugin("capturemanager")
+    with capture.global_and_fixture_disabled():
+        print()
+        for kernel, bug, said in VERDICTS:
+            print(f"  {kernel:<28} {bug:<48} {said}")
 
 
 def verdict(kernel: Kernel, module, **options) -> str:

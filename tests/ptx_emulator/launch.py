@@ -120,15 +120,13 @@ class Module:
 
         Raises Refusal.
         """
-        sizes = {name: size for name, _, size in self._parameters(kernel)}
-        names = list(sizes)
-        if len(arguments) != len(names):
-            raise Refusal(
-                "launch", f"{kernel}: {len(arguments)} arguments for {len(names)} parameters"
-            )
+        parameters = self._parameters(kernel)
+        if len(arguments) != len(parameters):
+            counts = f"{len(arguments)} arguments for {len(parameters)} parameters"
+            raise Refusal("launch", f"{kernel}: {counts}")
         buffers: list[Buffer] = []
         native: list[Any] = []
-        for index, (argument, name) in enumerate(zip(arguments, names, strict=True)):
+        for index, (argument, parameter) in enumerate(zip(arguments, parameters, strict=True)):
             if isinstance(argument, np.ndarray) and argument.ndim:
                 argument = Buffer(argument, writable=False, defined=True)
             if isinstance(argument, Buffer):
@@ -144,7 +142,7 @@ class Module:
                     )
                 )
             else:
-                native.append(_value(argument, sizes[name]))
+                native.append(_value(argument, *parameter))
         word, _, seed = schedule.partition(":")
         try:
             contents, variables, counters, table = self._module.launch(
@@ -172,20 +170,23 @@ class Module:
         ]
         return Result(arrays, json.loads(counters), table, dict(variables))
 
-    def _parameters(self, kernel: str) -> list[tuple[str, int, int]]:
+    def _parameters(self, kernel: str) -> list[tuple[str, int, bool]]:
         try:
             return self._module.parameters(kernel)
         except _native.NativeRefusal as refusal:
             raise Refusal(*refusal.args) from None
 
 
-def _value(argument: Any, size: int) -> bytes:
+def _value(argument: Any, name: str, size: int, is_float: bool) -> bytes:
+    """The bytes of a value passed by copy."""
     if argument is None:
         return bytes(size)
     if isinstance(argument, bytes):
         return argument
-    if isinstance(argument, bool | int):
+    if isinstance(argument, int | float):
+        if isinstance(argument, float) and not is_float:
+            raise TypeError(f"parameter `{name}` is an integer; got {argument!r}")
+        if is_float:
+            return np.array(argument, {2: np.float16, 4: np.float32, 8: np.float64}[size]).tobytes()
         return int(argument).to_bytes(size, "little", signed=argument < 0)
-    if isinstance(argument, float):
-        return np.array(argument, {2: np.float16, 4: np.float32, 8: np.float64}[size]).tobytes()
     return np.asarray(argument).tobytes()

@@ -105,7 +105,8 @@ pub(crate) fn decode(
             parameter_bytes = align_up(parameter_bytes, variable.align);
             addresses[*index as usize] = parameter_bytes as u64;
             let name = variable.name.clone();
-            parameters.push(Parameter { name, offset: parameter_bytes, bytes: variable.bytes });
+            let is_float = variable.element.is_float();
+            parameters.push(Parameter { name, offset: parameter_bytes, bytes: variable.bytes, is_float });
             parameter_bytes += variable.bytes;
         }
     }

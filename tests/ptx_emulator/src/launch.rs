@@ -85,13 +85,13 @@ impl Module {
         &self.syntax.target
     }
 
-    /// Name, offset and size in bytes of a kernel's parameters.
+    /// Name and size in bytes of a kernel's parameters, and whether each is a float.
     ///
     /// # Errors
     /// A refusal when the module has no such kernel or the kernel cannot be decoded.
-    pub fn parameters(&self, kernel: &str) -> Result<Vec<(String, usize, usize)>, Refusal> {
+    pub fn parameters(&self, kernel: &str) -> Result<Vec<(String, usize, bool)>, Refusal> {
         let program = self.program(kernel)?;
-        Ok(program.parameters.iter().map(|p| (p.name.clone(), p.offset, p.bytes)).collect())
+        Ok(program.parameters.iter().map(|p| (p.name.clone(), p.bytes, p.is_float)).collect())
     }
 
     fn program(&self, kernel: &str) -> Result<Arc<Program>, Refusal> {

@@ -421,6 +421,7 @@ pub(crate) struct Parameter {
     pub(crate) name: String,
     pub(crate) offset: usize,
     pub(crate) bytes: usize,
+    pub(crate) is_float: bool,
 }
 
 /// A kernel ready to run.

@@ -41,7 +41,7 @@ impl PythonModule {
         self.module.target()
     }
 
-    fn parameters(&self, kernel: &str) -> PyResult<Vec<(String, usize, usize)>> {
+    fn parameters(&self, kernel: &str) -> PyResult<Vec<(String, usize, bool)>> {
         self.module.parameters(kernel).map_err(refused)
     }
 
