@@ -1,0 +1,83 @@
+//! The merge solver for Python: the same duties as `functions.rs`.
+
+use super::arguments::Argument;
+use super::functions::{Packed, PackedArguments};
+use crate::merge::curvature::{self, Buffers, Curvature};
+use crate::merge::{self, Effort, Output, OutputScales, Problem};
+use crate::simd::merging::merge_kernels;
+use pyo3::prelude::*;
+use pyo3::types::PyCapsule;
+
+type Capsule<'py> = Bound<'py, PyCapsule>;
+
+/// Floats that the factor of `columns` inputs takes.
+#[pyfunction]
+pub fn merge_factor_length(columns: usize, block_size: usize) -> usize {
+    curvature::factor_length(columns, block_size)
+}
+
+/// Damp, order and factorize the statistics of a layer's inputs, into the given tensors; returns
+/// what was added to the diagonal.
+#[pyfunction]
+pub fn merge_curvature(
+    py: Python<'_>,
+    statistics: &Capsule<'_>,
+    columns: usize,
+    block_size: usize,
+    damping: f64,
+    order: &Capsule<'_>,
+    hessian: &Capsule<'_>,
+    factor: &Capsule<'_>,
+    threads: usize,
+) -> PyResult<f64> {
+    let statistics = Argument::new("statistics", statistics)?;
+    let mut order = Argument::new("order", order)?;
+    let mut hessian = Argument::new("hessian", hessian)?;
+    let mut factor = Argument::new("factor", factor)?;
+    let buffers =
+        Buffers { order: order.slice_mut()?, hessian: hessian.slice_mut()?, factor: factor.slice_mut()? };
+    let (kernels, statistics) = (merge_kernels()?, statistics.slice()?);
+    Ok(py
+        .detach(|| curvature::prepare(kernels, statistics, columns, block_size, damping, buffers, threads))?)
+}
+
+/// Codes and scales for `target`, starting from its plain rounding `nearest`, into the given
+/// tensors; `objectives` gets two f64 (start, end) per row, as 16 bytes.
+#[pyfunction]
+pub fn merge_calibrate(
+    py: Python<'_>,
+    target: &Capsule<'_>,
+    nearest: Packed<'_>,
+    shape: (usize, usize),
+    block_size: usize,
+    curvature: (Capsule<'_>, Capsule<'_>, Capsule<'_>),
+    sweeps: usize,
+    tolerance: f32,
+    codes: &Capsule<'_>,
+    absmax: &Capsule<'_>,
+    threads: usize,
+) -> PyResult<Vec<f64>> {
+    let target = Argument::new("target", target)?;
+    let order = Argument::new("order", &curvature.0)?;
+    let hessian = Argument::new("hessian", &curvature.1)?;
+    let factor = Argument::new("factor", &curvature.2)?;
+    let packed = PackedArguments::new(&nearest)?;
+    let problem = Problem {
+        target: target.slice()?,
+        nearest: packed.matrix(shape, block_size)?,
+        curvature: Curvature::new(order.slice()?, hessian.slice()?, factor.slice()?, shape.1, block_size),
+        effort: Effort { sweeps, tolerance },
+    };
+    let mut codes = Argument::new("codes", codes)?;
+    let mut absmax = Argument::new("absmax", absmax)?;
+    let scales = if packed.is_nested() {
+        OutputScales::Nested(absmax.slice_mut()?)
+    } else {
+        OutputScales::Single(absmax.slice_mut()?)
+    };
+    let mut objectives = vec![0.0; 2 * shape.0];
+    let output = Output { codes: codes.slice_mut()?, scales, objectives: &mut objectives };
+    let kernels = merge_kernels()?;
+    py.detach(|| merge::calibrate(kernels, &problem, output, threads))?;
+    Ok(objectives)
+}
