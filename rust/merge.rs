@@ -41,6 +41,8 @@ pub struct Effort {
     pub sweeps: usize,
     /// A strip is done when a pass changes less than this share of its codes.
     pub tolerance: f32,
+    /// Error feedback starts so often again from the scales found so far.
+    pub rounds: usize,
 }
 
 /// What one matrix is to become: the target, its plain rounding, and the curvature of its inputs.
@@ -130,22 +132,29 @@ pub fn calibrate(
 fn solve_strip(kernels: &MergeKernels, problem: &Problem<'_>, first: usize, objectives: &mut [f64]) -> Strip {
     let grid = Grid::new(&problem.nearest);
     let curvature = &problem.curvature;
-    let mut nearest = Strip::nearest(problem, &grid, first);
+    let nearest = Strip::nearest(problem, &grid, first);
     let start = nearest.objectives(kernels, curvature);
     let mut ahead = nearest.clone();
     feedback::choose_scales(kernels, &mut ahead, &grid, curvature);
     feedback::round(kernels, &mut ahead, curvature);
     let mut best = nearest.clone();
     let mut best_objectives = start;
-    for strip in [&mut ahead, &mut nearest] {
-        descent::descend(kernels, strip, &grid, curvature, problem.effort);
+    let mut settle = |mut strip: Strip| {
+        descent::descend(kernels, &mut strip, &grid, curvature, problem.effort);
         let end = strip.objectives(kernels, curvature);
         for row in 0..ROWS {
             if end[row] < best_objectives[row] {
-                best.take_row(strip, row);
+                best.take_row(&strip, row);
                 best_objectives[row] = end[row];
             }
         }
+        best.clone()
+    };
+    settle(nearest);
+    let mut found = settle(ahead);
+    for _ in 0..problem.effort.rounds {
+        feedback::round(kernels, &mut found, curvature);
+        found = settle(found);
     }
     let pairs = start.into_iter().zip(best_objectives);
     for (out, (before, after)) in objectives.chunks_exact_mut(2).zip(pairs) {

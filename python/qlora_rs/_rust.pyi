@@ -100,6 +100,7 @@ def merge_calibrate(
     curvature: tuple[_Capsule, _Capsule, _Capsule],
     sweeps: int,
     tolerance: float,
+    rounds: int,
     codes: _Capsule,
     absmax: _Capsule,
     threads: int,

@@ -53,6 +53,7 @@ pub fn merge_calibrate(
     curvature: (Capsule<'_>, Capsule<'_>, Capsule<'_>),
     sweeps: usize,
     tolerance: f32,
+    rounds: usize,
     codes: &Capsule<'_>,
     absmax: &Capsule<'_>,
     threads: usize,
@@ -66,7 +67,7 @@ pub fn merge_calibrate(
         target: target.slice()?,
         nearest: packed.matrix(shape, block_size)?,
         curvature: Curvature::new(order.slice()?, hessian.slice()?, factor.slice()?, shape.1, block_size),
-        effort: Effort { sweeps, tolerance },
+        effort: Effort { sweeps, tolerance, rounds },
     };
     let mut codes = Argument::new("codes", codes)?;
     let mut absmax = Argument::new("absmax", absmax)?;

@@ -23,6 +23,7 @@ METHODS = ("nearest", "calibrated", "distilled")
 DAMPING = 0.01  # of the mean diagonal of H
 SWEEPS = 16
 TOLERANCE = 1e-3
+ROUNDS = 1
 
 
 @dataclass(frozen=True)
@@ -178,6 +179,7 @@ def calibrate(
     curvature: Curvature,
     sweeps: int = SWEEPS,
     tolerance: float = TOLERANCE,
+    rounds: int = ROUNDS,
 ) -> PackedWeight:
     """Codes and scales for `target` [out, in], never worse than `nearest` in any row of
     tr(E H Eᵀ), E = target - result and H the damped one."""
@@ -190,6 +192,7 @@ def calibrate(
         (to_dlpack(curvature.order), to_dlpack(curvature.hessian), to_dlpack(curvature.factor)),
         sweeps,
         tolerance,
+        rounds,
         to_dlpack(codes),
         to_dlpack(absmax),
         torch.get_num_threads(),
