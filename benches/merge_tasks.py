@@ -1,6 +1,6 @@
-"""The adapters that `python -m benches.merge` merges: their training, calibration and held-out text.
+"""The adapters that `python -m benches.merge` merges: how they are trained, and on what text.
 
-manual: Vim's help files (Debian's vim-runtime), prose and code by one hand. Whole files are held out.
+manual: Vim's help files (Debian's vim-runtime), prose and code; whole files are held out.
 dates: the demonstration's task, dates of 24 languages -> YYYY-MM-DD. Whole days are held out.
 Both are trained by `qlora-rs finetune`; they differ in task, rank, layers and length.
 """
@@ -31,13 +31,41 @@ class Task:
 TASKS = (
     Task(
         "manual",
-        ("--r", "16", "--alpha", "32", "--learning-rate", "5e-4", "--max-steps", "200")
-        + ("--max-length", "512", "--gradient-accumulation", "1"),
+        tuple(
+            [
+                "--r",
+                "16",
+                "--alpha",
+                "32",
+                "--learning-rate",
+                "5e-4",
+                "--max-steps",
+                "200",
+                "--max-length",
+                "512",
+                "--gradient-accumulation",
+                "1",
+            ]
+        ),
     ),
     Task(
         "dates",
-        ("--r", "8", "--alpha", "16", "--learning-rate", "1e-3", "--max-steps", "150")
-        + ("--max-length", "256", "--gradient-accumulation", "1"),
+        tuple(
+            [
+                "--r",
+                "8",
+                "--alpha",
+                "16",
+                "--learning-rate",
+                "1e-3",
+                "--max-steps",
+                "150",
+                "--max-length",
+                "256",
+                "--gradient-accumulation",
+                "1",
+            ]
+        ),
     ),
 )
 

@@ -156,6 +156,13 @@ fn solve_strip(kernels: &MergeKernels, problem: &Problem<'_>, first: usize, obje
         feedback::round(kernels, &mut found, curvature);
         found = settle(found);
     }
+    let sweeps: usize = std::env::var("ANNEAL").ok().and_then(|v| v.parse().ok()).unwrap_or(0);
+    let heat: f64 = std::env::var("HEAT").ok().and_then(|v| v.parse().ok()).unwrap_or(1.0);
+    if sweeps > 0 {
+        let objectives = found.objectives(kernels, curvature);
+        descent::anneal(kernels, &mut found, &grid, curvature, &objectives, sweeps, heat);
+        settle(found);
+    }
     let pairs = start.into_iter().zip(best_objectives);
     for (out, (before, after)) in objectives.chunks_exact_mut(2).zip(pairs) {
         out.copy_from_slice(&[before, after]);

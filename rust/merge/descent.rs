@@ -45,6 +45,50 @@ pub(super) fn descend(
     }
 }
 
+/// Sweeps at a falling temperature, so that rows leave the dead end that descent took them to.
+///
+/// objectives: e H eᵀ of each row as the strip stands; the first temperature is `heat` times what one
+/// weight contributes to it.
+pub(super) fn anneal(
+    kernels: &MergeKernels,
+    strip: &mut Strip,
+    grid: &Grid<'_>,
+    curvature: &Curvature<'_>,
+    objectives: &[f64; ROWS],
+    sweeps: usize,
+    heat: f64,
+) {
+    let mut sums = vec![Lane::ZERO; strip.block_size];
+    let mut products = vec![Lane::ZERO; strip.block_size];
+    // Seeded by the row's place in the matrix: the same for any number of threads.
+    let seed = |row: usize| (((strip.first + row) as u32).wrapping_mul(0x9E37_79B9) ^ 0x85EB_CA6B) | 1;
+    let mut state: [u32; ROWS] = std::array::from_fn(seed);
+    for sweep in 0..sweeps {
+        let left = 1.0 - sweep as f64 / sweeps as f64;
+        let mut noise = Lane::ZERO;
+        for row in 0..ROWS {
+            noise.0[row] = (left * (heat * objectives[row] / strip.target.len() as f64).sqrt()) as f32;
+        }
+        for block in 0..strip.scales.len() {
+            let panel = curvature.hessian(block);
+            (kernels.gather)(&strip.errors, panel, &mut sums);
+            let first = block * strip.block_size;
+            let square = &panel[first * strip.block_size..][..strip.block_size * strip.block_size];
+            move_scale(kernels, strip, grid, block, square, &mut sums, &mut products);
+            let range = first..first + strip.block_size;
+            (kernels.shake_codes)(
+                &strip.scales[block],
+                square,
+                &noise,
+                &mut state,
+                &mut sums,
+                &mut strip.levels[range.clone()],
+                &mut strip.errors[range],
+            );
+        }
+    }
+}
+
 /// One scale per row: the best on the grid for the codes as they are.
 fn move_scale(
     kernels: &MergeKernels,

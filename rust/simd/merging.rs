@@ -25,6 +25,19 @@ pub type RoundingErrors = fn(target: &[Lane], importance: &[f32], scale: &Lane) 
 pub type MoveCodes =
     fn(scale: &Lane, square: &[f32], sums: &mut [Lane], levels: &mut [Lane], errors: &mut [Lane]) -> usize;
 
+/// As [`MoveCodes`], but each code takes the level nearest to its best value plus noise of deviation
+/// `noise / sqrt(H_jj)`: a draw from its conditional distribution at a temperature. `state`: one
+/// generator per row.
+pub type ShakeCodes = fn(
+    scale: &Lane,
+    square: &[f32],
+    noise: &Lane,
+    state: &mut [u32; ROWS],
+    sums: &mut [Lane],
+    levels: &mut [Lane],
+    errors: &mut [Lane],
+);
+
 /// The loops of one CPU path; handed out only where the CPU has its instructions.
 #[derive(Clone, Copy, Debug)]
 pub struct MergeKernels {
@@ -38,12 +51,14 @@ pub struct MergeKernels {
     pub rounding_errors: RoundingErrors,
     /// See [`MoveCodes`].
     pub move_codes: MoveCodes,
+    /// See [`ShakeCodes`].
+    pub shake_codes: ShakeCodes,
     /// See [`SubtractProduct`].
     pub subtract_product: SubtractProduct,
 }
 
 static PORTABLE: MergeKernels =
-    MergeKernels { gather, round_column, spread, rounding_errors, move_codes, subtract_product };
+    MergeKernels { gather, round_column, spread, rounding_errors, move_codes, shake_codes, subtract_product };
 
 /// The loops for the path that the process chose (`QLORA_RS_CPU` included).
 ///
@@ -155,6 +170,43 @@ fn move_codes(
     changed.0.iter().sum::<f32>() as usize
 }
 
+#[inline(always)]
+fn shake_codes(
+    scale: &Lane,
+    square: &[f32],
+    noise: &Lane,
+    state: &mut [u32; ROWS],
+    sums: &mut [Lane],
+    levels: &mut [Lane],
+    errors: &mut [Lane],
+) {
+    let width = sums.len();
+    let inverse = inverse(scale);
+    for j in 0..width {
+        let factors = &square[j * width..][..width];
+        let (per_curve, deviation) = (1.0 / factors[j], 1.0 / factors[j].sqrt());
+        let mut step = Lane::ZERO;
+        for row in 0..ROWS {
+            // xorshift32; the sum of two uniform halves has variance 1 / 6 before scaling.
+            let mut word = state[row];
+            word ^= word << 13;
+            word ^= word >> 17;
+            word ^= word << 5;
+            state[row] = word;
+            let halves = (word >> 16) as i32 + (word & 0xFFFF) as i32 - 0xFFFF;
+            let draw = halves as f32 * (2.449_49 / 65536.0);
+            let level = levels[j].0[row];
+            let wanted = sums[j].0[row] * per_curve + noise.0[row] * deviation * draw;
+            let near = nearest_level(level + wanted * inverse.0[row]);
+            let new = if inverse.0[row] > 0.0 { near } else { level };
+            step.0[row] = (level - new) * scale.0[row];
+            levels[j].0[row] = new;
+            errors[j].0[row] += step.0[row];
+        }
+        spread(&step, &factors[j + 1..], &mut sums[j + 1..]);
+    }
+}
+
 /// Columns of f64 that [`SubtractProduct`] computes at a time.
 pub const F64_TILE: usize = 16;
 
@@ -209,7 +261,7 @@ mod x86 {
     macro_rules! compiled_for {
         ($features:literal, $name:ident, $gather:ident, $table:ident) => {
             mod $name {
-                use super::super::{self as plain, Lane, Range};
+                use super::super::{self as plain, Lane, ROWS, Range};
 
                 #[target_feature(enable = $features)]
                 pub(super) fn round_column(
@@ -243,6 +295,19 @@ mod x86 {
                 }
 
                 #[target_feature(enable = $features)]
+                pub(super) fn shake_codes(
+                    scale: &Lane,
+                    square: &[f32],
+                    noise: &Lane,
+                    state: &mut [u32; ROWS],
+                    sums: &mut [Lane],
+                    levels: &mut [Lane],
+                    errors: &mut [Lane],
+                ) {
+                    plain::shake_codes(scale, square, noise, state, sums, levels, errors);
+                }
+
+                #[target_feature(enable = $features)]
                 pub(super) fn subtract_product(
                     rows: &mut [f64],
                     n: usize,
@@ -272,6 +337,10 @@ mod x86 {
                 // SAFETY: as above.
                 move_codes: |scale, square, sums, levels, errors| unsafe {
                     $name::move_codes(scale, square, sums, levels, errors)
+                },
+                // SAFETY: as above.
+                shake_codes: |scale, square, noise, state, sums, levels, errors| unsafe {
+                    $name::shake_codes(scale, square, noise, state, sums, levels, errors);
                 },
                 // SAFETY: as above.
                 subtract_product: |rows, n, panel, offset, transposed, stride| unsafe {

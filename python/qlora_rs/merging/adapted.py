@@ -145,8 +145,8 @@ def _packed(name: str, base: Any) -> PackedWeight:
     state = getattr(getattr(base, "weight", None), "quant_state", None)
     if state is None or getattr(state, "quant_type", None) != "nf4":
         raise QloraError(
-            f"{name} adapts a {type(base).__name__}, which is no NF4 layer; quantize the base first "
-            "(quantize_model), or merge in 16 bits with peft's merge_and_unload()"
+            f"{name} adapts a {type(base).__name__}, which is no NF4 layer; quantize the base "
+            "first (quantize_model), or merge in 16 bits with peft's merge_and_unload()"
         )
     if hasattr(state, "packing_format_for_cpu"):
         raise QloraError(

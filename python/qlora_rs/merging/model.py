@@ -196,8 +196,8 @@ class _Job:
         return group_by_input(self.model, self.layers, batch, self._forward)
 
     def _calibrate(self, batches: list[Batch], hybrid_rank: int) -> None:
-        groups = self._groups(batches[0])
-        done = 0
+        groups = [group for group in self._groups(batches[0]) if not self._restore(group)]
+        done = len(self.merged)
         stage = "statistics"
         portions = collect(
             self.model,
@@ -219,6 +219,7 @@ class _Job:
                     self._solve(layer, second_moment, curvature, hybrid_rank)
                     done += 1
                     self.progress("solve", done, len(self.layers))
+                    self._keep(layer.name)
                 largest = max(layer.packed.shape.numel() for layer in group.layers)
                 # H and its mean; H, U and the order kept, and the factor in float64; target,
                 # delta, lanes of the strips.
@@ -226,6 +227,35 @@ class _Job:
                 self.report.extra_bytes = max(self.report.extra_bytes, held + working)
                 group.total = None
                 held -= 4 * group.columns**2
+
+    def _restore(self, group: Moment) -> bool:
+        """Take all layers of a group from the store, if it has them."""
+        if self.store is None:
+            return False
+        found = {layer.name: self.store.get(layer.name) for layer in group.layers}
+        for layer in group.layers:
+            entry = found[layer.name]
+            if entry is None or entry[0].shape != layer.packed.shape:
+                return False
+        for layer in group.layers:
+            packed, residual = found[layer.name]
+            if residual is not None:
+                self.residuals[layer.name] = residual
+            self.nearest[layer.name] = self._round(layer)
+            self.merged[layer.name] = packed
+        return True
+
+    def _keep(self, name: str) -> None:
+        if self.store is not None:
+            self.store.put(name, self.merged[name], self.residuals.get(name))
+
+    def _round(self, layer: AdaptedLayer) -> PackedWeight:
+        """Plain rounding of what is to be merged."""
+        wanted = layer.target(layer.packed.dtype)
+        if layer.name in self.residuals:
+            lora_b, lora_a = self.residuals[layer.name]
+            wanted = wanted - lora_b @ lora_a
+        return solve.quantize_like(layer.packed, wanted)
 
     def _solve(
         self,
@@ -237,17 +267,15 @@ class _Job:
         wanted = layer.target()
         if not torch.isfinite(wanted).all():
             raise QloraError(f"the adapter of {layer.name} holds NaN or infinite values")
-        rounded = layer.target(layer.packed.dtype)
         if hybrid_rank:
             factors = layer.factors()
             if factors is None:
                 raise QloraError(f"hybrid_rank cannot split the DoRA adapter of {layer.name}")
             rank = min(hybrid_rank, factors[1].shape[0])
-            residual = solve.strongest(*factors, rank, second_moment)
-            self.residuals[layer.name] = residual
-            kept = residual[0] @ residual[1]
-            wanted, rounded = wanted - kept, rounded - kept
-        nearest = solve.quantize_like(layer.packed, rounded)
+            lora_b, lora_a = solve.strongest(*factors, rank, second_moment)
+            self.residuals[layer.name] = (lora_b, lora_a)
+            wanted = wanted - lora_b @ lora_a
+        nearest = self._round(layer)
         self.nearest[layer.name] = self.merged[layer.name] = nearest
         fallback = solve.why_nearest_only(layer.packed)
         if curvature is not None and fallback is None:
@@ -321,5 +349,3 @@ class _Job:
             second_moment,
             self.fallbacks.get(layer.name),
         )
-
-

@@ -149,8 +149,8 @@ class MergeReport:
                 "distilled": "give more calibration text, or keep the adapter separate",
             }[self.method]
             raise QloraError(
-                f"the merged model's KL to the unmerged one is {self.merged.kl:.4g} nats per token, "
-                f"above the limit {limit_kl:g}; {better}. The model is as it was"
+                f"the merged model's KL to the unmerged one is {self.merged.kl:.4g} nats per "
+                f"token, above the limit {limit_kl:g}; {better}. The model is as it was"
             )
 
 

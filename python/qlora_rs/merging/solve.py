@@ -94,9 +94,7 @@ def merge(
             curvature = Curvature.of(second_moment, packed.block_size)
             result = calibrate(target, nearest, curvature)
     report = measure("", target, delta, result, nearest, second_moment, fallback)
-    return MergeResult(
-        result, report, None if residual is None else (residual[1], residual[0])
-    )
+    return MergeResult(result, report, None if residual is None else (residual[1], residual[0]))
 
 
 def input_moment(inputs: Tensor, columns: int) -> Tensor:
@@ -136,7 +134,7 @@ def why_nearest_only(packed: PackedWeight) -> str | None:
 
 @dataclass(frozen=True)
 class Curvature:
-    """H of a layer's inputs, damped, ordered and factorized: what layers with these inputs share."""
+    """H of a layer's inputs, damped, ordered, factorized: what layers with these inputs share."""
 
     order: Tensor
     hessian: Tensor
@@ -187,7 +185,7 @@ def calibrate(
     _rust.merge_calibrate(
         to_dlpack(target.contiguous()),
         Packed(*nearest.arguments()).capsules(),
-        tuple(nearest.shape),
+        (nearest.shape[0], nearest.shape[1]),
         nearest.block_size,
         (to_dlpack(curvature.order), to_dlpack(curvature.hessian), to_dlpack(curvature.factor)),
         sweeps,

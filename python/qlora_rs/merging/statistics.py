@@ -105,7 +105,7 @@ def count_tokens(batches: Iterable[Batch]) -> int:
 def group_by_input(
     model: nn.Module, layers: list[AdaptedLayer], batch: Batch, run: Callable[[Batch], Any]
 ) -> list[Moment]:
-    """Run one batch to see which layers are given the same tensor, in the order they are reached."""
+    """Run one batch to see which layers are given the same tensor; in the order of the pass."""
     groups: list[Moment] = []
 
     def hook(layer: AdaptedLayer) -> Callable[..., None]:
