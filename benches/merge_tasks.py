@@ -22,50 +22,22 @@ TRAIN_PIECES, HELD_OUT_PIECES = 420, 80
 
 @dataclass(frozen=True)
 class Task:
-    """One adapter: its name, what `finetune` is told, and how many lines of its text to write."""
+    """One adapter: its name, and the options that `finetune` gets."""
 
     name: str
-    options: tuple[str, ...]
+    options: dict[str, str]
 
 
 TASKS = (
     Task(
         "manual",
-        tuple(
-            [
-                "--r",
-                "16",
-                "--alpha",
-                "32",
-                "--learning-rate",
-                "5e-4",
-                "--max-steps",
-                "200",
-                "--max-length",
-                "512",
-                "--gradient-accumulation",
-                "1",
-            ]
-        ),
+        {"--r": "16", "--alpha": "32", "--learning-rate": "5e-4", "--max-steps": "200"}
+        | {"--max-length": "512", "--gradient-accumulation": "1"},
     ),
     Task(
         "dates",
-        tuple(
-            [
-                "--r",
-                "8",
-                "--alpha",
-                "16",
-                "--learning-rate",
-                "1e-3",
-                "--max-steps",
-                "150",
-                "--max-length",
-                "256",
-                "--gradient-accumulation",
-                "1",
-            ]
-        ),
+        {"--r": "8", "--alpha": "16", "--learning-rate": "1e-3", "--max-steps": "150"}
+        | {"--max-length": "256", "--gradient-accumulation": "1"},
     ),
 )
 

@@ -11,9 +11,10 @@
 //!       nearest    start 1: plain rounding               strip.rs
 //!       feedback   start 2: error feedback (GPTQ)        feedback.rs
 //!       descend    coordinate descent from both          descent.rs
+//!       anneal     once more, from a thermal start       descent.rs
 //!
 //! Rows do not depend on each other: strips are the unit of parallel work, and each row keeps the
-//! better of both ends, so no row is ever worse than plain rounding in its own objective.
+//! best of all ends, so no row is ever worse than plain rounding in its own objective.
 //! Read next: `strip.rs`.
 
 pub mod cholesky;
@@ -43,6 +44,8 @@ pub struct Effort {
     pub tolerance: f32,
     /// Error feedback starts so often again from the scales found so far.
     pub rounds: usize,
+    /// Sweeps at a falling temperature before the last descent.
+    pub anneal: usize,
 }
 
 /// What one matrix is to become: the target, its plain rounding, and the curvature of its inputs.
@@ -128,7 +131,7 @@ pub fn calibrate(
     Ok(())
 }
 
-/// Both starts, descended; the better end of each row.
+/// All starts, descended; the best end of each row.
 fn solve_strip(kernels: &MergeKernels, problem: &Problem<'_>, first: usize, objectives: &mut [f64]) -> Strip {
     let grid = Grid::new(&problem.nearest);
     let curvature = &problem.curvature;
@@ -156,11 +159,9 @@ fn solve_strip(kernels: &MergeKernels, problem: &Problem<'_>, first: usize, obje
         feedback::round(kernels, &mut found, curvature);
         found = settle(found);
     }
-    let sweeps: usize = std::env::var("ANNEAL").ok().and_then(|v| v.parse().ok()).unwrap_or(0);
-    let heat: f64 = std::env::var("HEAT").ok().and_then(|v| v.parse().ok()).unwrap_or(1.0);
-    if sweeps > 0 {
+    if problem.effort.anneal > 0 {
         let objectives = found.objectives(kernels, curvature);
-        descent::anneal(kernels, &mut found, &grid, curvature, &objectives, sweeps, heat);
+        descent::anneal(kernels, &mut found, &grid, curvature, &objectives, problem.effort.anneal);
         settle(found);
     }
     let pairs = start.into_iter().zip(best_objectives);

@@ -101,6 +101,7 @@ def merge_calibrate(
     sweeps: int,
     tolerance: float,
     rounds: int,
+    anneal: int,
     codes: _Capsule,
     absmax: _Capsule,
     threads: int,

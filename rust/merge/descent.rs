@@ -47,8 +47,8 @@ pub(super) fn descend(
 
 /// Sweeps at a falling temperature, so that rows leave the dead end that descent took them to.
 ///
-/// objectives: e H eᵀ of each row as the strip stands; the first temperature is `heat` times what one
-/// weight contributes to it.
+/// A code is drawn from its conditional distribution at the temperature, which starts at what one
+/// weight contributes to `objectives`, e H eᵀ of each row as the strip stands.
 pub(super) fn anneal(
     kernels: &MergeKernels,
     strip: &mut Strip,
@@ -56,7 +56,6 @@ pub(super) fn anneal(
     curvature: &Curvature<'_>,
     objectives: &[f64; ROWS],
     sweeps: usize,
-    heat: f64,
 ) {
     let mut sums = vec![Lane::ZERO; strip.block_size];
     let mut products = vec![Lane::ZERO; strip.block_size];
@@ -67,7 +66,7 @@ pub(super) fn anneal(
         let left = 1.0 - sweep as f64 / sweeps as f64;
         let mut noise = Lane::ZERO;
         for row in 0..ROWS {
-            noise.0[row] = (left * (heat * objectives[row] / strip.target.len() as f64).sqrt()) as f32;
+            noise.0[row] = (left * (objectives[row] / strip.target.len() as f64).sqrt()) as f32;
         }
         for block in 0..strip.scales.len() {
             let panel = curvature.hessian(block);

@@ -71,7 +71,7 @@ fn solve(
         target,
         nearest,
         curvature: Curvature::new(&p.order, &p.hessian, &p.factor, columns, block_size),
-        effort: Effort { sweeps: 8, tolerance: 0.0, rounds: 1 },
+        effort: Effort { sweeps: 8, tolerance: 0.0, rounds: 1, anneal: 4 },
     };
     let (mut out, mut scales) = (vec![0; codes.len()], vec![0.0; absmax.len()]);
     let mut objectives = vec![0.0; 2 * rows];

@@ -54,6 +54,7 @@ pub fn merge_calibrate(
     sweeps: usize,
     tolerance: f32,
     rounds: usize,
+    anneal: usize,
     codes: &Capsule<'_>,
     absmax: &Capsule<'_>,
     threads: usize,
@@ -67,7 +68,7 @@ pub fn merge_calibrate(
         target: target.slice()?,
         nearest: packed.matrix(shape, block_size)?,
         curvature: Curvature::new(order.slice()?, hessian.slice()?, factor.slice()?, shape.1, block_size),
-        effort: Effort { sweeps, tolerance, rounds },
+        effort: Effort { sweeps, tolerance, rounds, anneal },
     };
     let mut codes = Argument::new("codes", codes)?;
     let mut absmax = Argument::new("absmax", absmax)?;

@@ -20,10 +20,11 @@ from qlora_rs.ops import check_lora
 from qlora_rs.quantize import PackedWeight, quantize
 
 METHODS = ("nearest", "calibrated", "distilled")
-DAMPING = 0.01  # of the mean diagonal of H
+DAMPING = 3e-4  # of the mean diagonal of H
 SWEEPS = 16
 TOLERANCE = 1e-3
 ROUNDS = 1
+ANNEAL = 16
 
 
 @dataclass(frozen=True)
@@ -50,8 +51,8 @@ def merge(
     lora_a: [r, in]; lora_b: [out, r]; scaling: alpha / r. inputs: activations [..., in] that reach
     the layer, some hundred rows at least; needed by "calibrated". method: "nearest" rounds
     W + scaling B A as peft does and returns its bytes; "calibrated" keeps the outputs for `inputs`
-    (GPTQ, arXiv 2210.17323, and coordinate descent; `rust/merge.rs`). hybrid_rank: keep so many
-    directions of the update, the strongest ones, as an adapter and merge the rest.
+    (GPTQ, arXiv 2210.17323, coordinate descent, annealing; `rust/merge.rs`). hybrid_rank: keep
+    so many directions of the update, the strongest ones, as an adapter and merge the rest.
     Nothing given is modified. The report measures on `inputs` themselves; `merge_model` does so on
     text that was set aside. Memory: about 5 in x in and 3 out x in floats.
     Raises QloraError when shapes do not fit, values are not finite or inputs are missing.
@@ -178,6 +179,7 @@ def calibrate(
     sweeps: int = SWEEPS,
     tolerance: float = TOLERANCE,
     rounds: int = ROUNDS,
+    anneal: int = ANNEAL,
 ) -> PackedWeight:
     """Codes and scales for `target` [out, in], never worse than `nearest` in any row of
     tr(E H Eᵀ), E = target - result and H the damped one."""
@@ -191,6 +193,7 @@ def calibrate(
         sweeps,
         tolerance,
         rounds,
+        anneal,
         to_dlpack(codes),
         to_dlpack(absmax),
         torch.get_num_threads(),

@@ -142,6 +142,8 @@ def collect(
     The consumer may drop each group's `total` when it is done with it. run: computes the model on
     a batch. progress: called as (done, total) in batches over all passes.
     """
+    if not groups:
+        return
     portions: list[list[Moment]] = [[]]
     for group in groups:
         used = sum(4 * other.columns**2 for other in portions[-1])

@@ -109,10 +109,12 @@ def _state(model: Any) -> dict[str, torch.Tensor]:
         owner, _, leaf = name.rpartition(".")
         if owner in adapters and leaf in ("lora_A", "lora_B"):
             continue
-        if name in tied and tensor.data_ptr() in kept:
+        shared = tensor.data_ptr() in kept
+        if name in tied and shared:
             continue
         kept.add(tensor.data_ptr())
-        tensors[name] = tensor.contiguous()
+        # safetensors refuses shared memory; the tables of codes are the same for all layers.
+        tensors[name] = tensor.clone() if shared else tensor.contiguous()
     return tensors
 
 
