@@ -5,6 +5,7 @@
 //! H = XᵀX / tokens of the layer's inputs, the error of one row is e H eᵀ, e = target - quantized.
 //! Codes are chosen one after another so that later ones make up for the errors of earlier ones.
 //!
+//!     moment     Σ x xᵀ of calibration text           moment.rs
 //!     Curvature  H, damped, and its factor U             curvature.rs, cholesky.rs
 //!     Grid       the scales that the format can hold     grid.rs
 //!     Strip      48 rows of W, a vector lane per row     strip.rs
@@ -22,6 +23,7 @@ pub mod curvature;
 mod descent;
 mod feedback;
 pub mod grid;
+pub mod moment;
 pub mod strip;
 #[cfg(test)]
 mod tests;

@@ -16,7 +16,7 @@ mod extension {
         levels, multiply, quantize,
     };
     #[pymodule_export]
-    use super::merging::{merge_calibrate, merge_curvature, merge_factor_length};
+    use super::merging::{merge_calibrate, merge_curvature, merge_factor_length, merge_moment};
 
     use super::{Bound, PyModule, PyResult, exceptions};
 

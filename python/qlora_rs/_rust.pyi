@@ -20,6 +20,7 @@ __all__ = [
     "merge_calibrate",
     "merge_curvature",
     "merge_factor_length",
+    "merge_moment",
     "multiply",
     "quantize",
 ]
@@ -82,6 +83,7 @@ def cross_entropy(
     threads: int,
 ) -> None: ...
 def merge_factor_length(columns: int, block_size: int) -> int: ...
+def merge_moment(x: _Capsule, columns: int, total: _Capsule, threads: int) -> None: ...
 def merge_curvature(
     statistics: _Capsule,
     columns: int,

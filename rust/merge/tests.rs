@@ -240,3 +240,21 @@ fn levels_round_as_codes_do() {
         assert_eq!(strip::nearest_level(scaled), LEVELS[usize::from(nearest_code(scaled))]);
     }
 }
+
+#[test]
+fn moments_are_sums_of_products() {
+    for (tokens, columns) in [(1, 1), (3, 48), (300, 50), (257, 130)] {
+        let x = noise(37, tokens * columns);
+        for path in crate::simd::available() {
+            let mut total = vec![0.25; columns * columns];
+            moment::accumulate(path, for_path(path.name), &x, columns, &mut total, 3).expect("lengths fit");
+            for i in 0..columns {
+                for j in 0..=i {
+                    let product = |row: &[f32]| f64::from(row[i]) * f64::from(row[j]);
+                    let sum: f64 = x.chunks(columns).map(product).sum();
+                    assert!((f64::from(total[i * columns + j]) - 0.25 - sum).abs() < 1e-3, "{i} {j}");
+                }
+            }
+        }
+    }
+}

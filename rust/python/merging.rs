@@ -1,10 +1,12 @@
 //! The merge solver for Python: the same duties as `functions.rs`.
 
-use super::arguments::Argument;
+use super::arguments::{Argument, Scalar};
 use super::functions::{Packed, PackedArguments};
+use crate::element::Element;
 use crate::merge::curvature::{self, Buffers, Curvature};
-use crate::merge::{self, Effort, Output, OutputScales, Problem};
-use crate::simd::merging::merge_kernels;
+use crate::merge::{self, Effort, Output, OutputScales, Problem, moment};
+use crate::simd::{self, merging::merge_kernels};
+use half::{bf16, f16};
 use pyo3::prelude::*;
 use pyo3::types::PyCapsule;
 
@@ -39,6 +41,36 @@ pub fn merge_curvature(
     let (kernels, statistics) = (merge_kernels()?, statistics.slice()?);
     Ok(py
         .detach(|| curvature::prepare(kernels, statistics, columns, block_size, damping, buffers, threads))?)
+}
+
+/// Add the lower triangle of xᵀ x to `total`; x is [tokens, columns].
+#[pyfunction]
+pub fn merge_moment(
+    py: Python<'_>,
+    x: &Capsule<'_>,
+    columns: usize,
+    total: &Capsule<'_>,
+    threads: usize,
+) -> PyResult<()> {
+    let (x, total) = (Argument::new("x", x)?, Argument::new("total", total)?);
+    return match x.element() {
+        <f32 as Scalar>::ELEMENT => run::<f32>(py, &x, columns, total, threads),
+        <f16 as Scalar>::ELEMENT => run::<f16>(py, &x, columns, total, threads),
+        <bf16 as Scalar>::ELEMENT => run::<bf16>(py, &x, columns, total, threads),
+        _ => Err(x.wrong_type("float32, float16 or bfloat16")),
+    };
+
+    fn run<T: Element + Scalar>(
+        py: Python<'_>,
+        x: &Argument<'_>,
+        columns: usize,
+        mut total: Argument<'_>,
+        threads: usize,
+    ) -> PyResult<()> {
+        let (x, total) = (x.slice::<T>()?, total.slice_mut()?);
+        let (kernels, merge) = (simd::kernels()?, merge_kernels()?);
+        Ok(py.detach(|| moment::accumulate(kernels, merge, x, columns, total, threads))?)
+    }
 }
 
 /// Codes and scales for `target`, starting from its plain rounding `nearest`, into the given

@@ -102,12 +102,27 @@ def input_moment(inputs: Tensor, columns: int) -> Tensor:
     """XᵀX / rows of activations [..., in], float32."""
     if inputs.shape[-1] != columns:
         raise QloraError(f"inputs must be [..., {columns}], got {list(inputs.shape)}")
-    rows = inputs.detach().reshape(-1, columns).float()
+    rows = inputs.detach().reshape(-1, columns)
     if rows.shape[0] == 0:
         raise QloraError("inputs hold no rows; give activations [tokens, in]")
     if not torch.isfinite(rows).all():
         raise QloraError("inputs hold NaN or infinite values; calibrate on a model that computes")
-    return rows.t() @ rows / rows.shape[0]
+    total = torch.zeros(columns, columns)
+    add_moment(total, rows)
+    return full_moment(total) / rows.shape[0]
+
+
+def add_moment(total: Tensor, rows: Tensor) -> None:
+    """Add the lower triangle of rowsᵀ rows, summed in float32, to total [in, in]."""
+    rows = rows.float() if rows.dtype == torch.float64 else rows
+    _rust.merge_moment(
+        to_dlpack(rows.contiguous()), total.shape[0], to_dlpack(total), torch.get_num_threads()
+    )
+
+
+def full_moment(total: Tensor) -> Tensor:
+    """The symmetric matrix of which `total` holds the lower triangle."""
+    return total.tril() + total.tril(-1).t()
 
 
 def round_to_nearest(packed: PackedWeight, delta: Tensor) -> PackedWeight:

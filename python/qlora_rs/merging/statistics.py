@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from qlora_rs.errors import QloraError
 from qlora_rs.merging.adapted import AdaptedLayer
+from qlora_rs.merging.solve import add_moment, full_moment
 
 Batch = dict[str, Tensor]
 
@@ -48,10 +49,10 @@ class Moment:
         """Count the rows of x [..., in], but for those that mask [...] leaves out."""
         if mask is not None and mask.shape == x.shape[:-1]:
             x = x[mask]
-        rows = x.detach().reshape(-1, x.shape[-1]).float()
+        rows = x.detach().reshape(-1, x.shape[-1])
         if self.total is None:
             self.total = torch.zeros(self.columns, self.columns)
-        self.total.addmm_(rows.t(), rows)
+        add_moment(self.total, rows)
         self.tokens += rows.shape[0]
 
     def mean(self) -> Tensor:
@@ -62,7 +63,7 @@ class Moment:
                 f"no calibration token reached {names}; give text that uses this layer (an expert "
                 "that is never chosen cannot be calibrated)"
             )
-        mean = self.total / self.tokens
+        mean = full_moment(self.total).div_(self.tokens)
         if not torch.isfinite(mean).all():
             raise QloraError(
                 f"the inputs of {names} are not finite on the calibration text; the model itself "
