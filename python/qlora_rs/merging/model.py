@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from qlora_rs.errors import QloraError
 from qlora_rs.layers import NF4Linear
 from qlora_rs.merging import distill as distillation
-from qlora_rs.merging import solve
+from qlora_rs.merging import importance, solve
 from qlora_rs.merging.adapted import AdaptedLayer, find_adapted
 from qlora_rs.merging.evaluate import compare, model_inputs
 from qlora_rs.merging.report import LayerReport, MergeReport
@@ -208,9 +208,11 @@ class _Job:
             lambda done, total: self.progress(stage, done, total),
         )
         for portion in portions:
-            held = sum(4 * group.columns**2 for group in portion)
+            self.progress("weigh tokens", 0, 1)
+            importance.weigh(self.model, portion, batches)
+            held = sum(2 * 4 * group.columns**2 for group in portion)
             for group in portion:
-                second_moment = group.mean()
+                second_moment = importance.mixed(group)
                 curvature = None
                 size = group.layers[0].packed.block_size
                 if group.columns % size == 0:
@@ -225,8 +227,8 @@ class _Job:
                 # delta, lanes of the strips.
                 working = 4 * (group.columns**2 * 5) + 4 * 5 * largest
                 self.report.extra_bytes = max(self.report.extra_bytes, held + working)
-                group.total = None
-                held -= 4 * group.columns**2
+                group.total = group.weighted = None
+                held -= 2 * 4 * group.columns**2
 
     def _restore(self, group: Moment) -> bool:
         """Take all layers of a group from the store, if it has them."""

@@ -21,7 +21,7 @@ from qlora_rs.quantize import PackedWeight, quantize
 
 METHODS = ("nearest", "calibrated", "distilled")
 DAMPING = 3e-4  # of the mean diagonal of H
-SWEEPS = 16
+SWEEPS = 12
 TOLERANCE = 1e-3
 ROUNDS = 1
 ANNEAL = 16

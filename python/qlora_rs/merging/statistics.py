@@ -31,7 +31,7 @@ class Moment:
     """H of one input and the layers that have it.
 
     total: Σ xᵀx so far, float32 [in, in]. reached: whether the first batch came here. seen: the
-    tensor that the pass in progress brought.
+    tensor that the pass in progress brought. weighted: see `importance.py`.
     """
 
     layers: list[AdaptedLayer]
@@ -39,6 +39,7 @@ class Moment:
     tokens: int = 0
     reached: bool = True
     seen: Tensor | None = field(default=None, repr=False)
+    weighted: Tensor | None = field(default=None, repr=False)
 
     @property
     def columns(self) -> int:
@@ -120,7 +121,7 @@ def group_by_input(
 
         return look
 
-    with _hooks({layer.module: hook(layer) for layer in layers}):
+    with hooks_on({layer.module: hook(layer) for layer in layers}):
         run(batch)
     for group in groups:
         group.seen = None
@@ -147,8 +148,9 @@ def collect(
         return
     portions: list[list[Moment]] = [[]]
     for group in groups:
-        used = sum(4 * other.columns**2 for other in portions[-1])
-        if portions[-1] and used + 4 * group.columns**2 > budget:
+        # Each H may have a weighted one beside it.
+        used = sum(8 * other.columns**2 for other in portions[-1])
+        if portions[-1] and used + 8 * group.columns**2 > budget:
             portions.append([])
         portions[-1].append(group)
     done, total = 0, len(portions) * len(batches)
@@ -187,21 +189,25 @@ def _pass(portion: list[Moment], batch: Batch, run: Callable[[Batch], Any]) -> N
 
     hooks = {group.layers[0].module: first(group) for group in portion}
     hooks |= {layer.module: other(group, layer) for group in portion for layer in group.layers[1:]}
-    with _hooks(hooks), contextlib.suppress(_Enough):
+    with hooks_on(hooks), contextlib.suppress(_Enough):
         run(batch)
     for group in portion:
         group.seen = None
 
 
-class _hooks:
-    """Forward pre-hooks for the length of a block."""
+class hooks_on:
+    """Forward pre-hooks, or hooks `after` the layers, for the length of a block."""
 
-    def __init__(self, hooks: Mapping[nn.Module, Callable[..., None]]) -> None:
-        self.hooks = hooks
+    def __init__(self, hooks: Mapping[nn.Module, Callable[..., None]], after: bool = False) -> None:
+        self.hooks, self.after = hooks, after
         self.handles: list[Any] = []
 
     def __enter__(self) -> None:
-        self.handles = [m.register_forward_pre_hook(hook) for m, hook in self.hooks.items()]
+        for module, hook in self.hooks.items():
+            register: Any = module.register_forward_pre_hook
+            if self.after:
+                register = module.register_forward_hook
+            self.handles.append(register(hook))
 
     def __exit__(self, *error: object) -> None:
         for handle in self.handles:
