@@ -84,7 +84,8 @@ def _pass(
     after = {m.module: look(i) for i, group in enumerate(portion) for m in group.layers}
     with hooks_on({first: start}), hooks_on(after, after=True):
         logits = logits_of(model, batch)[:, :-1][mask]
-        if not logits.requires_grad:
+        # What is not finite here is refused by name when H is taken.
+        if not (logits.requires_grad and torch.isfinite(logits).all()):
             return
         with torch.no_grad():
             gradient = logits.detach().float().softmax(-1)

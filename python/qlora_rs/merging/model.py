@@ -73,17 +73,18 @@ def merge_model(
     report = MergeReport(method)
     fitting, held_out = _split(calibration, evaluation, method)
     report.calibration_tokens = count_tokens(fitting) if method != "nearest" else 0
-    was_training = model.training
+    modes = {module: module.training for module in model.modules()}
     model.eval()
     try:
         job = _Job(model, layers, report, memory_budget, progress or (lambda *_: None), store)
         merged = job.run(method, fitting, held_out, hybrid_rank, steps, learning_rate)
     finally:
-        model.train(was_training)
+        for module, training in modes.items():
+            module.training = training
     report.guard(limit_kl)
     undo = {layer.name: layer.module for layer in layers}
     for name, layer in merged.items():
-        replace_module(model, name, layer)
+        replace_module(model, name, layer.train(undo[name].training))
     if reversible:
         # Past nn.Module's own attribute setter: these are no submodules.
         earlier = model.__dict__.get(_UNDO, {})
