@@ -332,6 +332,11 @@ def _add_merge(commands: Any) -> None:
         help="JSONL as for finetune, or plain text (default: the adapter's training data where "
         "it is found, else text that the model writes itself)",
     )
+    parser.add_argument(
+        "--evaluation",
+        metavar="FILE",
+        help="text to measure on (default: an eighth of the calibration text is set aside)",
+    )
     parser.add_argument("--tokens", type=int, default=16384, help="to calibrate on (%(default)s)")
     parser.add_argument("--length", type=int, default=512, help="tokens per row (%(default)s)")
     parser.add_argument(
@@ -364,6 +369,7 @@ def _merge(arguments: argparse.Namespace) -> int:
         method=arguments.method,
         to="separate" if arguments.adapter_separate else arguments.to,
         calibration=arguments.calibration,
+        evaluation=arguments.evaluation,
         tokens=arguments.tokens,
         length=arguments.length,
         hybrid_rank=arguments.hybrid_rank,

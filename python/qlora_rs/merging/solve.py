@@ -21,10 +21,10 @@ from qlora_rs.quantize import PackedWeight, quantize
 
 METHODS = ("nearest", "calibrated", "distilled")
 DAMPING = 3e-4  # of the mean diagonal of H
-SWEEPS = 12
+SWEEPS = 8
 TOLERANCE = 1e-3
-ROUNDS = 1
-ANNEAL = 16
+ROUNDS = 0
+ANNEAL = 20
 
 
 @dataclass(frozen=True)

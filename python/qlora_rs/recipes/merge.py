@@ -53,7 +53,8 @@ class MergeSettings:
     folder to make. to: "nf4"; "bf16", a plain 16-bit model with nothing lost; "separate", the
     packed base with the adapter beside it. calibration: JSONL or text file; None takes the
     adapter's training data where it is found, else text that the model writes itself. tokens: how
-    much of it. limit_kl: refuse a result farther from the unmerged model, in nats per token.
+    much of it. evaluation: text to measure on; None sets an eighth of the
+    calibration aside. limit_kl: refuse a result farther from the unmerged model, in nats per token.
     """
 
     base: str
@@ -62,6 +63,7 @@ class MergeSettings:
     method: str = "calibrated"
     to: str = "nf4"
     calibration: str | None = None
+    evaluation: str | None = None
     tokens: int = 16384
     length: int = 512
     hybrid_rank: int = 0
@@ -144,6 +146,12 @@ def _work(output: Path) -> Path:
 
 
 def _check_output(output: Path, overwrite: bool) -> None:
+    for left_over in output.parent.glob(f".{output.name}*.tmp"):
+        shutil.rmtree(left_over, ignore_errors=True)
+    if _aside(output).exists() and not output.exists():
+        # Killed between removing the old folder and renaming the new one, which is whole.
+        _aside(output).rename(output)
+    shutil.rmtree(_aside(output), ignore_errors=True)
     if output.is_symlink() or (output.exists() and not output.is_dir()):
         raise QloraError(f"{output} exists and is not a directory; choose another output")
     if not output.exists() or not any(output.iterdir()):
@@ -157,7 +165,6 @@ def _check_output(output: Path, overwrite: bool) -> None:
             f"{output} was not made by qlora-rs merge (no {REPORT_FILE}), so --overwrite will not "
             "delete it; remove it yourself or choose another output"
         )
-    shutil.rmtree(_aside(output), ignore_errors=True)
 
 
 def _load(settings: MergeSettings, notes: list[str], progress: Progress) -> BaseModel:
@@ -214,7 +221,7 @@ def _merge(
 ) -> tuple[MergeReport, list[Batch]]:
     batches = _text(settings, base, notes, progress)
     identity = {
-        "base": _identity(settings.base),
+        "base": base_model.model_identity(settings.base),
         "adapter": _adapter_digest(Path(settings.adapter).expanduser()),
         "calibration": digest(batches),
         "solver": "nearest" if settings.method == "nearest" else "calibrated",
@@ -222,6 +229,9 @@ def _merge(
         "dtype": settings.dtype,
         "version": qlora_rs.__version__,
     }
+    held_out = None
+    if settings.evaluation is not None:
+        held_out = _read(settings, "--evaluation", settings.evaluation, base, settings.tokens // 4)
     store = LayerStore(_work(output), identity)
     clock = _Clock(progress)
     with _held_back():
@@ -229,6 +239,7 @@ def _merge(
             base.model,
             settings.method,
             batches,
+            held_out,
             hybrid_rank=settings.hybrid_rank,
             limit_kl=settings.limit_kl,
             reversible=False,
@@ -244,10 +255,7 @@ def _text(
 ) -> list[Batch]:
     run = _training_run(Path(settings.adapter).expanduser())
     if settings.calibration is not None:
-        path = Path(settings.calibration).expanduser()
-        if not path.is_file():
-            raise QloraError(f"--calibration {path} does not exist or is no file")
-        return read_calibration(path, base.tokenizer, settings.tokens, settings.length)
+        return _read(settings, "--calibration", settings.calibration, base, settings.tokens)
     if run is not None and Path(run.data).is_file():
         notes.append(f"calibrated on the training data, {run.data}")
         return read_calibration(Path(run.data), base.tokenizer, settings.tokens, settings.length)
@@ -262,8 +270,13 @@ def _text(
     )
 
 
-def _identity(base: str) -> str:
-    return base_model.model_identity(base)
+def _read(
+    settings: MergeSettings, option: str, file: str, base: BaseModel, tokens: int
+) -> list[Batch]:
+    path = Path(file).expanduser()
+    if not path.is_file():
+        raise QloraError(f"{option} {path} does not exist or is no file")
+    return read_calibration(path, base.tokenizer, tokens, settings.length)
 
 
 def _adapter_digest(adapter: Path) -> str:
