@@ -174,7 +174,7 @@ def _backward(
     for expected, found, out in parts:
         log_p, log_q = expected.float().log_softmax(-1), found.float().log_softmax(-1)
         p = log_p.exp()
-        total += float((p * (log_p - log_q)).sum(dtype=torch.float64))
-        out.copy_((log_q.exp() - p) / positions)
+        total += float(log_p.sub_(log_q).mul_(p).sum(-1).double().sum())
+        out.copy_(log_q.exp_().sub_(p).div_(positions))
     ours.backward(gradient)
     return total / positions
