@@ -15,6 +15,9 @@ const CHUNK: usize = 32;
 
 /// Replace the lower triangle of `matrix` [n, n] by L; false when it is not positive definite (the
 /// contents are then of no use).
+///
+/// # Panics
+/// When `matrix` has another length than n².
 #[must_use]
 pub fn factorize(kernels: &MergeKernels, matrix: &mut [f64], n: usize, threads: usize) -> bool {
     assert_eq!(matrix.len(), n * n, "the matrix is square");

@@ -66,8 +66,9 @@ impl Strip {
                 strip.scale_codes[block][row] = code;
             }
             for column in 0..columns {
-                let byte = matrix.codes()[(start + column) / 2];
-                let code = if (start + column).is_multiple_of(2) { byte >> 4 } else { byte & 15 };
+                let index = start + column;
+                let byte = matrix.codes()[index / 2];
+                let code = if index.is_multiple_of(2) { byte >> 4 } else { byte & 15 };
                 let level = LEVELS[usize::from(code)];
                 let target = problem.target[start + column];
                 strip.target[column].0[row] = target;

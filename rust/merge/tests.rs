@@ -185,7 +185,7 @@ fn no_single_code_can_be_improved_at_the_end() {
         for code in 0..16 {
             let mut other = codes.clone();
             let byte = &mut other[i / 2];
-            *byte = if i % 2 == 0 { *byte & 15 | code << 4 } else { *byte & 240 | code };
+            *byte = if i % 2 == 0 { *byte & 0x0F | code << 4 } else { *byte & 0xF0 | code };
             let changed = objective(&target, &other, &scales, block_size, &h, p.added);
             assert!(changed >= best * (1.0 - 1e-5), "weight {i}, code {code}: {changed} below {best}");
         }

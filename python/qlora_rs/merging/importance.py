@@ -16,8 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from qlora_rs.merging.evaluate import logits_of, scored
-from qlora_rs.merging.solve import add_moment, full_moment
-from qlora_rs.merging.statistics import Batch, Moment, hooks_on
+from qlora_rs.merging.statistics import Batch, Gram, Moment, hooks_on
 
 SHARE = 0.25
 # One batch of so many is enough for weights, which need a backward pass.
@@ -47,7 +46,7 @@ def mixed(group: Moment) -> Tensor:
     plain = group.mean()
     if group.weighted is None:
         return plain
-    weighted = full_moment(group.weighted)
+    weighted = group.weighted.sum()
     trace, own = float(plain.trace()), float(weighted.trace())
     if not (0.0 < own < float("inf")) or not torch.isfinite(weighted).all():
         return plain
@@ -95,6 +94,6 @@ def _pass(
     for place, weight in weights.items():
         group, x = portion[place], inputs[place]
         if group.weighted is None:
-            group.weighted = torch.zeros(group.columns, group.columns)
+            group.weighted = Gram(group.columns)
         rows = x.reshape(-1, x.shape[-1]).float() * weight.reshape(-1, 1).sqrt()
-        add_moment(group.weighted, rows)
+        group.weighted.add(rows)

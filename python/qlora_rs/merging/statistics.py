@@ -20,26 +20,56 @@ from qlora_rs.merging.adapted import AdaptedLayer
 from qlora_rs.merging.solve import add_moment, full_moment
 
 Batch = dict[str, Tensor]
+# Rows of each input that wait to be summed.
+WAITING = 256
 
 
 class _Enough(Exception):
     """Unwinds a forward pass whose rest nobody needs."""
 
 
+class Gram:
+    """Σ xᵀx over rows, float32; rows wait until there are enough for a product worth its reading and
+    writing of the sum."""
+
+    def __init__(self, columns: int) -> None:
+        self.total = torch.zeros(columns, columns)
+        self.waiting: list[Tensor] = []
+        self.count = 0
+
+    def add(self, rows: Tensor) -> None:
+        """Count rows [n, columns]; they are kept, not copied."""
+        self.waiting.append(rows)
+        self.count += rows.shape[0]
+        if self.count >= WAITING:
+            self.settle()
+
+    def settle(self) -> None:
+        """Sum what waits."""
+        if self.waiting:
+            add_moment(self.total, torch.cat(self.waiting))
+        self.waiting, self.count = [], 0
+
+    def sum(self) -> Tensor:
+        """The whole symmetric sum."""
+        self.settle()
+        return full_moment(self.total)
+
+
 @dataclass
 class Moment:
     """H of one input and the layers that have it.
 
-    total: Σ xᵀx so far, float32 [in, in]. reached: whether the first batch came here. seen: the
+    total: Σ xᵀx so far. reached: whether the first batch came here. seen: the
     tensor that the pass in progress brought. weighted: see `importance.py`.
     """
 
     layers: list[AdaptedLayer]
-    total: Tensor | None = None
+    total: Gram | None = None
     tokens: int = 0
     reached: bool = True
     seen: Tensor | None = field(default=None, repr=False)
-    weighted: Tensor | None = field(default=None, repr=False)
+    weighted: Gram | None = field(default=None, repr=False)
 
     @property
     def columns(self) -> int:
@@ -52,8 +82,8 @@ class Moment:
             x = x[mask]
         rows = x.detach().reshape(-1, x.shape[-1])
         if self.total is None:
-            self.total = torch.zeros(self.columns, self.columns)
-        add_moment(self.total, rows)
+            self.total = Gram(self.columns)
+        self.total.add(rows)
         self.tokens += rows.shape[0]
 
     def mean(self) -> Tensor:
@@ -64,7 +94,7 @@ class Moment:
                 f"no calibration token reached {names}; give text that uses this layer (an expert "
                 "that is never chosen cannot be calibrated)"
             )
-        mean = full_moment(self.total).div_(self.tokens)
+        mean = self.total.sum().div_(self.tokens)
         if not torch.isfinite(mean).all():
             raise QloraError(
                 f"the inputs of {names} are not finite on the calibration text; the model itself "
