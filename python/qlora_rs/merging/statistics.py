@@ -29,8 +29,7 @@ class _Enough(Exception):
 
 
 class Gram:
-    """Σ xᵀx over rows, float32; rows wait until there are enough for a product worth its reading and
-    writing of the sum."""
+    """Σ xᵀx over rows, float32 [in, in]; rows wait until a product is worth a pass over it."""
 
     def __init__(self, columns: int) -> None:
         self.total = torch.zeros(columns, columns)
