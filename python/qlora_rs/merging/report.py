@@ -114,7 +114,8 @@ class MergeReport:
         if fallen:
             found.append(f"{len(fallen)} layer(s) were rounded to nearest: {fallen[0].fallback}")
         erased = [layer for layer in self.layers if layer.error_to_update > ERASED]
-        if erased:
+        # Distilled scales make up for each other across layers: there the model's KL says it.
+        if erased and not (self.method == "distilled" and self.merged is not None):
             worst = max(erased, key=lambda layer: layer.error_to_update)
             remedy = (
                 'use method="calibrated" with text like your training data'
