@@ -4,8 +4,8 @@
 
 Each side runs in processes of its own (so that peak memory is its own), in turn, the same loop on
 the same tokens: forward, the model's loss, backward, torch's AdamW on the adapter, bf16, r=16 on
-all linear layers. Ours calls `qlora_rs.fuse_loss`, as the README advises. Before timing, the first losses of both sides must agree: the same base and
-adapters that start at zero.
+all linear layers. Ours calls `qlora_rs.fuse_loss`, as the README advises. Before timing, the first
+losses of both sides must agree: the same base and adapters that start at zero.
 """
 
 from __future__ import annotations

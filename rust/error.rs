@@ -66,6 +66,26 @@ pub enum Error {
         /// Index of the first such value.
         first: usize,
     },
+    /// Blocks span rows, so a row has no scales of its own.
+    #[error(
+        "{columns} columns are no multiple of the block size {block_size}, so blocks span rows, which only method \"nearest\" can merge"
+    )]
+    StraddlingBlocks {
+        /// Number of input features.
+        columns: usize,
+        /// Weights per absmax.
+        block_size: usize,
+    },
+    /// Statistics of inputs that no damping makes positive definite.
+    #[error(
+        "the statistics of {columns} inputs are not those of real activations: with {damping:e} added to the diagonal they are still not positive definite"
+    )]
+    NotPositive {
+        /// Number of input features.
+        columns: usize,
+        /// What was added in the last attempt.
+        damping: f64,
+    },
     /// A target names a class that does not exist.
     #[error("target {row} is {target}, but a vocabulary of {vocabulary} has classes 0 to {vocabulary} - 1")]
     Target {

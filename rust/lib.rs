@@ -15,6 +15,7 @@ pub mod few_rows;
 pub mod gemm;
 pub mod matmul;
 pub mod memory;
+pub mod merge;
 pub mod packed_matrix;
 pub mod parallel;
 pub mod quantize;

@@ -140,6 +140,12 @@ impl<'a> PackedMatrix<'a> {
         self.codes
     }
 
+    /// The scales, still in the form they are stored in.
+    #[must_use]
+    pub fn scales(&self) -> Scales<'a> {
+        self.scales
+    }
+
     /// Number of blocks.
     #[must_use]
     pub fn blocks(&self) -> usize {

@@ -3,6 +3,7 @@
 mod arguments;
 mod exceptions;
 mod functions;
+mod merging;
 
 use pyo3::prelude::*;
 
@@ -14,6 +15,8 @@ mod extension {
         cpu_path, cpu_paths, cross_entropy, cuda_source, dequantize, double_quantize, dynamic_map,
         factor_gradient, levels, multiply, quantize, refuse_non_finite,
     };
+    #[pymodule_export]
+    use super::merging::{merge_calibrate, merge_curvature, merge_factor_length, merge_moment};
 
     use super::{Bound, PyModule, PyResult, exceptions};
 

@@ -26,6 +26,7 @@ mod avx512_gemm;
 #[cfg(target_arch = "x86_64")]
 mod avx512_linear;
 mod crossover;
+pub mod merging;
 pub mod portable;
 mod softmax;
 

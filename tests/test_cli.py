@@ -36,12 +36,12 @@ def finetune_command(place: Path, output: Path, *more: str) -> list[str]:
 
 
 def test_help_lists_every_command_and_option(capsys: pytest.CaptureFixture[str]) -> None:
-    for command in ([], ["doctor"], ["demo"], ["finetune"], ["generate"]):
+    for command in ([], ["doctor"], ["demo"], ["finetune"], ["generate"], ["merge"]):
         with pytest.raises(SystemExit) as caught:
             cli.main([*command, "--help"])
         assert caught.value.code == 0
     text = capsys.readouterr().out
-    for word in ("doctor", "demo", "finetune", "generate", "--learning-rate", "--resume"):
+    for word in ("doctor", "demo", "finetune", "generate", "merge", "--limit-kl", "--resume"):
         assert word in text
 
 

@@ -14,6 +14,9 @@ from qlora_rs.functional import linear, lora_linear
 from qlora_rs.fusion import fuse_loss, unfuse_loss
 from qlora_rs.layers import NF4Linear, QLoRALinear
 from qlora_rs.loss import linear_cross_entropy
+from qlora_rs.merging.model import merge_model, unmerge
+from qlora_rs.merging.report import MergeReport
+from qlora_rs.merging.solve import MergeResult, merge
 from qlora_rs.model import (
     add_lora,
     disable_adapter,
@@ -25,6 +28,8 @@ from qlora_rs.model import (
 from qlora_rs.quantize import PackedWeight, quantize
 
 __all__ = [
+    "MergeReport",
+    "MergeResult",
     "NF4Linear",
     "PackedWeight",
     "QLoRALinear",
@@ -38,10 +43,13 @@ __all__ = [
     "linear_cross_entropy",
     "load_adapter",
     "lora_linear",
+    "merge",
+    "merge_model",
     "quantize",
     "quantize_model",
     "remove_lora",
     "save_adapter",
     "trainable_parameters",
     "unfuse_loss",
+    "unmerge",
 ]

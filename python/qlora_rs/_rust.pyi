@@ -18,6 +18,10 @@ __all__ = [
     "dynamic_map",
     "factor_gradient",
     "levels",
+    "merge_calibrate",
+    "merge_curvature",
+    "merge_factor_length",
+    "merge_moment",
     "multiply",
     "quantize",
     "refuse_non_finite",
@@ -82,3 +86,29 @@ def cross_entropy(
     gradient: bool,
     threads: int,
 ) -> None: ...
+def merge_factor_length(columns: int, block_size: int) -> int: ...
+def merge_moment(x: _Capsule, columns: int, total: _Capsule, threads: int) -> None: ...
+def merge_curvature(
+    statistics: _Capsule,
+    columns: int,
+    block_size: int,
+    damping: float,
+    order: _Capsule,
+    hessian: _Capsule,
+    factor: _Capsule,
+    threads: int,
+) -> float: ...
+def merge_calibrate(
+    target: _Capsule,
+    nearest: _Packed,
+    shape: tuple[int, int],
+    block_size: int,
+    curvature: tuple[_Capsule, _Capsule, _Capsule],
+    sweeps: int,
+    tolerance: float,
+    rounds: int,
+    anneal: int,
+    codes: _Capsule,
+    absmax: _Capsule,
+    threads: int,
+) -> list[float]: ...

@@ -1,4 +1,4 @@
-"""The command ``qlora-rs``: doctor, demo, finetune, generate.
+"""The command ``qlora-rs``: doctor, demo, finetune, generate, merge.
 
 Results go to standard output, progress and messages to standard error. Exit status: 0 done, 1 a
 failed self-test, 2 something the user can mend (one sentence says what), 130 and 143 stopped by
@@ -54,6 +54,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_demo(commands)
     _add_finetune(commands)
     _add_generate(commands)
+    _add_merge(commands)
     return parser
 
 
@@ -303,4 +304,87 @@ def _generate(arguments: argparse.Namespace) -> int:
             print(json.dumps({"prompt": prompt, "answer": answer}, ensure_ascii=False))
         else:
             print(answer)
+    return 0
+
+
+# ---- merge --------------------------------------------------------------------------------------
+
+
+def _add_merge(commands: Any) -> None:
+    help = "Merge an adapter into its base so that the result answers as base + adapter do."
+    parser = _command(commands, "merge", help, _merge)
+    parser.epilog = (
+        "OUT appears when it is complete; an interrupted merge goes on when it is run again. It "
+        "holds the model, merge.json and merge.html. Memory: model, adapter and statistics of the "
+        "layers' inputs, at most 2 GB of these; the peak is printed."
+    )
+    parser.add_argument("base", metavar="BASE", help="model directory, .gguf file or NF4 folder")
+    parser.add_argument("adapter", metavar="ADAPTER", help="adapter directory")
+    parser.add_argument("output", metavar="OUT", help="folder to make")
+    parser.add_argument(
+        "--method",
+        default="calibrated",
+        help="nearest (as peft; loses small updates), calibrated, or distilled (%(default)s)",
+    )
+    parser.add_argument(
+        "--calibration",
+        metavar="FILE",
+        help="JSONL as for finetune, or plain text (default: the adapter's training data where "
+        "it is found, else text that the model writes itself)",
+    )
+    parser.add_argument(
+        "--evaluation",
+        metavar="FILE",
+        help="text to measure on (default: an eighth of the calibration text is set aside)",
+    )
+    parser.add_argument("--tokens", type=int, default=16384, help="to calibrate on (%(default)s)")
+    parser.add_argument("--length", type=int, default=512, help="tokens per row (%(default)s)")
+    parser.add_argument(
+        "--hybrid-rank", type=int, default=0, help="directions to keep apart, as a small adapter"
+    )
+    parser.add_argument(
+        "--limit-kl", type=float, help="refuse a result farther away, in nats per token"
+    )
+    parser.add_argument(
+        "--to", default="nf4", help="nf4, or bf16: a plain 16-bit model (%(default)s)"
+    )
+    parser.add_argument(
+        "--adapter-separate",
+        action="store_true",
+        help="merge nothing: write the packed base with the adapter beside it",
+    )
+    parser.add_argument("--dtype", default="bfloat16", help="of activations (%(default)s)")
+    parser.add_argument("--overwrite", action="store_true", help="replace an earlier merge in OUT")
+
+
+def _merge(arguments: argparse.Namespace) -> int:
+    from qlora_rs.merging.report import report_table
+    from qlora_rs.recipes.merge import MergeSettings, merge_checkpoint, separate_advice
+    from qlora_rs.recipes.progress import size
+
+    settings = MergeSettings(
+        base=arguments.base,
+        adapter=arguments.adapter,
+        output=arguments.output,
+        method=arguments.method,
+        to="separate" if arguments.adapter_separate else arguments.to,
+        calibration=arguments.calibration,
+        evaluation=arguments.evaluation,
+        tokens=arguments.tokens,
+        length=arguments.length,
+        hybrid_rank=arguments.hybrid_rank,
+        limit_kl=arguments.limit_kl,
+        dtype=arguments.dtype,
+    )
+    record = merge_checkpoint(settings, arguments.overwrite, _progress(arguments))
+    report = record.pop("report")
+    if arguments.json:
+        _print_json(record)
+        return 0
+    if settings.to == "nf4":
+        print(report_table(report))
+    elif settings.to == "separate":
+        print(separate_advice(arguments.output))
+    print(f"  {'peak memory':<24} {size(record['peak_rss_bytes'])} (whole process)")
+    print(f"  {'written to':<24} {record['output']}")
     return 0

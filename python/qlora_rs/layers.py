@@ -96,6 +96,12 @@ class NF4Linear(nn.Linear):
             self.weight, self.absmax, *nested, shape, self.weight_dtype, self.block_size
         )
 
+    @property
+    def W_q(self) -> Tensor:
+        """The packed codes, under the name by which peft knows a layer that it may dequantize (for
+        DoRA)."""
+        return self.weight
+
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
         """The dense weight [out, in]; see `PackedWeight.dequantize`."""
         return self.packed.dequantize(dtype)

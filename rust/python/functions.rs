@@ -41,14 +41,14 @@ pub struct Packed<'py>(
     Option<Capsule<'py>>,
 );
 
-struct PackedArguments<'py> {
+pub(super) struct PackedArguments<'py> {
     codes: Argument<'py>,
     absmax: Argument<'py>,
     nested: Option<[Argument<'py>; 3]>,
 }
 
 impl<'py> PackedArguments<'py> {
-    fn new(packed: &Packed<'py>) -> PyResult<Self> {
+    pub(super) fn new(packed: &Packed<'py>) -> PyResult<Self> {
         let nested = match (&packed.2, &packed.3, &packed.4) {
             (Some(absmax), Some(offset), Some(map)) => Some([
                 Argument::new("nested_absmax", absmax)?,
@@ -61,7 +61,12 @@ impl<'py> PackedArguments<'py> {
         Ok(Self { codes, absmax, nested })
     }
 
-    fn matrix(&self, shape: (usize, usize), block_size: usize) -> PyResult<PackedMatrix<'_>> {
+    /// Whether the scales are quantized a second time.
+    pub(super) fn is_nested(&self) -> bool {
+        self.nested.is_some()
+    }
+
+    pub(super) fn matrix(&self, shape: (usize, usize), block_size: usize) -> PyResult<PackedMatrix<'_>> {
         let scales = match &self.nested {
             None => Scales::Single(self.absmax.slice()?),
             Some([absmax, offset, map]) => Scales::Nested {

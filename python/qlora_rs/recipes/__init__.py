@@ -16,6 +16,8 @@ Read in the order a training line travels:
     report.py        loss curve and summary
     generate.py      batched greedy answers
     calendar_dates.py, scores.py, memory_peer.py, demo.py    the demonstration
+    quantized_folder.py                     NF4 checkpoints on disk
+    merge_text.py, merge_store.py, merge_page.py, merge.py    `qlora-rs merge`
     doctor.py        versions, CPU path, GPU, self-test
     gpu_report.py    what the CUDA kernels need and what adds it
 

@@ -17,6 +17,7 @@ from qlora_rs.errors import QloraError
 from qlora_rs.recipes import base_model
 from qlora_rs.recipes.base_model import BaseModel, load_base_model
 from qlora_rs.recipes.progress import Progress
+from qlora_rs.recipes.quantized_folder import is_quantized_folder, load_quantized_folder
 
 Chat = list[dict[str, str]]
 
@@ -27,7 +28,7 @@ def load_for_generation(
     dtype: str = "bfloat16",
     progress: Progress | None = None,
 ) -> BaseModel:
-    """Load a base model, quantize it to NF4 and attach an adapter from disk.
+    """Load a base model, quantize it to NF4 (unless it is so already) and attach an adapter.
 
     adapter: directory in peft's layout; None for the base alone. Raises QloraError if either does
     not load or they do not belong together.
@@ -36,8 +37,11 @@ def load_for_generation(
     if adapter is not None and not (Path(adapter) / "adapter_config.json").is_file():
         raise QloraError(f"{adapter} is not an adapter directory (no adapter_config.json)")
     progress.stage(f"Loading {model}")
-    base = load_base_model(model, dtype)
-    qlora_rs.quantize_model(base.model, skip=("lm_head",))
+    if is_quantized_folder(model):
+        base = load_quantized_folder(model, dtype)
+    else:
+        base = load_base_model(model, dtype)
+        qlora_rs.quantize_model(base.model, skip=("lm_head",))
     if adapter is not None:
         qlora_rs.load_adapter(base.model, adapter)
     base.model.eval()

@@ -1,0 +1,99 @@
+"""Which tokens matter: H weighted by how much the model's answer depends on a layer's outputs.
+
+The loss of answers to a small error d of a layer's output at one token is, to second order,
+½ dᵀ F d with F = E[g gᵀ], g the gradient of log p(y) at that output, y drawn from the model's own
+prediction (the Fisher information). Of F only its trace is kept, one weight per token: an error
+counts where the model is sensitive. Mixed into H (share `SHARE`), it lowers the merged model's KL
+by about a fifth, and costs a hundredth in the plain output error (benches/record: merge).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qlora_rs.merging.evaluate import logits_of, scored
+from qlora_rs.merging.statistics import Batch, Gram, Moment, hooks_on
+
+SHARE = 0.25
+# One batch of so many is enough for weights, which need a backward pass.
+EVERY = 6
+
+
+def weigh(model: nn.Module, portion: list[Moment], batches: list[Batch]) -> None:
+    """Give each group of layers its weighted H, from some of the batches.
+
+    Memory: the activations of one batch, as for a training step, and one more H per group.
+    """
+    frozen = [p for p in model.parameters() if p.requires_grad]
+    for parameter in frozen:
+        parameter.requires_grad_(False)
+    generator = torch.Generator().manual_seed(0)
+    try:
+        for batch in batches[::EVERY]:
+            with torch.enable_grad():
+                _pass(model, portion, batch, generator)
+    finally:
+        for parameter in frozen:
+            parameter.requires_grad_(True)
+
+
+def mixed(group: Moment) -> Tensor:
+    """H of a group, with its weighted form mixed in where there is one; traces are kept."""
+    plain = group.mean()
+    if group.weighted is None:
+        return plain
+    weighted = group.weighted.sum()
+    trace, own = float(plain.trace()), float(weighted.trace())
+    if not (0.0 < own < float("inf")) or not torch.isfinite(weighted).all():
+        return plain
+    return plain.mul_(1.0 - SHARE).add_(weighted, alpha=SHARE * trace / own)
+
+
+def _pass(
+    model: nn.Module, portion: list[Moment], batch: Batch, generator: torch.Generator
+) -> None:
+    mask, _ = scored(batch)
+    if not mask.any():
+        return
+    inputs: dict[int, Tensor] = {}
+    weights: dict[int, Tensor] = {}
+
+    def look(place: int) -> Callable[..., None]:
+        def after(module: nn.Module, arguments: tuple, output: Tensor) -> None:
+            inputs[place] = arguments[0].detach()
+            if output.requires_grad:
+                output.register_hook(lambda grad: count(place, grad))
+
+        return after
+
+    def count(place: int, grad: Tensor) -> None:
+        weight = grad.float().square().sum(-1)
+        weights[place] = weights[place] + weight if place in weights else weight
+
+    def start(module: nn.Module, arguments: tuple) -> None:
+        # The gradient's graph begins here: before it, everything is frozen.
+        if not arguments[0].requires_grad and arguments[0].is_leaf:
+            arguments[0].requires_grad_(True)
+
+    first: Any = portion[0].layers[0].module
+    after = {m.module: look(i) for i, group in enumerate(portion) for m in group.layers}
+    with hooks_on({first: start}), hooks_on(after, after=True):
+        logits = logits_of(model, batch)[:, :-1][mask]
+        # What is not finite here is refused by name when H is taken.
+        if not (logits.requires_grad and torch.isfinite(logits).all()):
+            return
+        with torch.no_grad():
+            gradient = logits.detach().float().softmax(-1)
+            drawn = torch.multinomial(gradient, 1, generator=generator)
+            gradient.scatter_add_(1, drawn, torch.full_like(drawn, -1.0, dtype=torch.float32))
+        logits.backward(gradient.to(logits.dtype))
+    for place, weight in weights.items():
+        group, x = portion[place], inputs[place]
+        if group.weighted is None:
+            group.weighted = Gram(group.columns)
+        rows = x.reshape(-1, x.shape[-1]).float() * weight.reshape(-1, 1).sqrt()
+        group.weighted.add(rows)

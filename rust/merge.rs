@@ -1,0 +1,174 @@
+//! A float target → NF4 codes and scales whose *outputs* stay close to it.
+//!
+//! W + scaling B A has to go back onto the NF4 grid. Rounding each weight to its nearest level
+//! returns W, because the update is smaller than half a step. What counts is the output: with
+//! H = XᵀX / tokens of the layer's inputs, the error of one row is e H eᵀ, e = target - quantized.
+//! Codes are chosen one after another so that later ones make up for the errors of earlier ones.
+//!
+//!     moment     Σ x xᵀ of calibration text           moment.rs
+//!     Curvature  H, damped, and its factor U             curvature.rs, cholesky.rs
+//!     Grid       the scales that the format can hold     grid.rs
+//!     Strip      48 rows of W, a vector lane per row     strip.rs
+//!       nearest    start 1: plain rounding               strip.rs
+//!       feedback   start 2: error feedback (GPTQ)        feedback.rs
+//!       descend    coordinate descent from both          descent.rs
+//!       anneal     once more, from a thermal start       descent.rs
+//!
+//! Rows do not depend on each other: strips are the unit of parallel work, and each row keeps the
+//! best of all ends, so no row is ever worse than plain rounding in its own objective.
+//! Read next: `strip.rs`.
+
+pub mod cholesky;
+pub mod curvature;
+mod descent;
+mod feedback;
+pub mod grid;
+pub mod moment;
+pub mod strip;
+#[cfg(test)]
+mod tests;
+
+use crate::error::Error;
+use crate::packed_matrix::{PackedMatrix, Scales};
+use crate::parallel;
+use crate::quantize::check_length;
+use crate::simd::merging::MergeKernels;
+use curvature::Curvature;
+use grid::Grid;
+use strip::{ROWS, Strip};
+
+/// How long the solver tries.
+#[derive(Clone, Copy, Debug)]
+pub struct Effort {
+    /// At most so many passes of coordinate descent from each start.
+    pub sweeps: usize,
+    /// A strip is done when a pass changes less than this share of its codes.
+    pub tolerance: f32,
+    /// Error feedback starts so often again from the scales found so far.
+    pub rounds: usize,
+    /// Sweeps at a falling temperature before the last descent.
+    pub anneal: usize,
+}
+
+/// What one matrix is to become: the target, its plain rounding, and the curvature of its inputs.
+#[derive(Clone, Copy, Debug)]
+pub struct Problem<'a> {
+    /// The weights wanted, [rows, columns].
+    pub target: &'a [f32],
+    /// The target rounded to nearest; its second-level scales are the grid that stays.
+    pub nearest: PackedMatrix<'a>,
+    /// H and its factor.
+    pub curvature: Curvature<'a>,
+    /// How long to try.
+    pub effort: Effort,
+}
+
+/// Where the result goes: codes as [`PackedMatrix`] takes them, and scales of the same kind as the
+/// ones that `nearest` has.
+pub struct Output<'a> {
+    /// Two codes per byte.
+    pub codes: &'a mut [u8],
+    /// One scale per block.
+    pub scales: OutputScales<'a>,
+    /// e H eᵀ of each row under plain rounding, and in the end.
+    pub objectives: &'a mut [f64],
+}
+
+/// Scales of a result.
+pub enum OutputScales<'a> {
+    /// One f32 per block.
+    Single(&'a mut [f32]),
+    /// One 8-bit code per block, on the grid of the plain rounding.
+    Nested(&'a mut [u8]),
+}
+
+/// Solve the problem.
+///
+/// # Errors
+/// [`Error::Operand`] when a length does not fit; [`Error::StraddlingBlocks`] when blocks span rows;
+/// [`Error::NonFiniteStatistic`] for a target that is not finite.
+pub fn calibrate(
+    kernels: &MergeKernels,
+    problem: &Problem<'_>,
+    output: Output<'_>,
+    threads: usize,
+) -> Result<(), Error> {
+    let matrix = &problem.nearest;
+    let (rows, columns, block_size) = (matrix.rows(), matrix.columns(), matrix.block_size());
+    if !matrix.rows_are_aligned() {
+        return Err(Error::StraddlingBlocks { columns, block_size });
+    }
+    check_length("target", problem.target.len(), rows * columns)?;
+    check_length("codes", output.codes.len(), (rows * columns).div_ceil(2))?;
+    check_length("objectives", output.objectives.len(), 2 * rows)?;
+    problem.curvature.check(columns, block_size)?;
+    if let Some(first) = problem.target.iter().position(|value| !value.is_finite()) {
+        return Err(Error::NonFiniteStatistic { name: "target", first });
+    }
+    if rows * columns == 0 {
+        return Ok(());
+    }
+    let blocks = columns / block_size;
+    let strip_codes = ROWS * columns / 2;
+    let strips = output.codes.chunks_mut(strip_codes).zip(output.objectives.chunks_mut(2 * ROWS));
+    match (matrix.scales(), output.scales) {
+        (Scales::Single(_), OutputScales::Single(scales)) => {
+            check_length("absmax", scales.len(), rows * blocks)?;
+            let strips = strips.zip(scales.chunks_mut(ROWS * blocks)).enumerate();
+            parallel::for_each(strips, threads, |(i, ((codes, objectives), scales))| {
+                let strip = solve_strip(kernels, problem, i * ROWS, objectives);
+                strip.write(codes, |index, scale, _| scales[index] = scale);
+            });
+        }
+        (Scales::Nested { .. }, OutputScales::Nested(scales)) => {
+            check_length("absmax", scales.len(), rows * blocks)?;
+            let strips = strips.zip(scales.chunks_mut(ROWS * blocks)).enumerate();
+            parallel::for_each(strips, threads, |(i, ((codes, objectives), scales))| {
+                let strip = solve_strip(kernels, problem, i * ROWS, objectives);
+                strip.write(codes, |index, _, code| scales[index] = code);
+            });
+        }
+        _ => return Err(Error::Operand { name: "absmax", got: 0, expected: rows * blocks }),
+    }
+    Ok(())
+}
+
+/// All starts, descended; the best end of each row.
+fn solve_strip(kernels: &MergeKernels, problem: &Problem<'_>, first: usize, objectives: &mut [f64]) -> Strip {
+    let grid = Grid::new(&problem.nearest);
+    let curvature = &problem.curvature;
+    let nearest = Strip::nearest(problem, &grid, first);
+    let start = nearest.objectives(kernels, curvature);
+    let mut ahead = nearest.clone();
+    feedback::choose_scales(kernels, &mut ahead, &grid, curvature);
+    feedback::round(kernels, &mut ahead, curvature);
+    let mut best = nearest.clone();
+    let mut best_objectives = start;
+    let mut settle = |mut strip: Strip| {
+        descent::descend(kernels, &mut strip, &grid, curvature, problem.effort);
+        let end = strip.objectives(kernels, curvature);
+        for row in 0..ROWS {
+            if end[row] < best_objectives[row] {
+                best.take_row(&strip, row);
+                best_objectives[row] = end[row];
+            }
+        }
+        best.clone()
+    };
+    settle(nearest);
+    let mut found = settle(ahead);
+    for _ in 0..problem.effort.rounds {
+        feedback::round(kernels, &mut found, curvature);
+        found = settle(found);
+    }
+    if problem.effort.anneal > 0 {
+        let objectives = found.objectives(kernels, curvature);
+        descent::anneal(kernels, &mut found, &grid, curvature, &objectives, problem.effort.anneal);
+        settle(found);
+    }
+    let pairs = start.into_iter().zip(best_objectives);
+    for (out, (before, after)) in objectives.chunks_exact_mut(2).zip(pairs) {
+        out.copy_from_slice(&[before, after]);
+    }
+    best
+}
