@@ -5,14 +5,16 @@
 //! H = XᵀX / tokens of the layer's inputs, the error of one row is e H eᵀ, e = target - quantized.
 //! Codes are chosen one after another so that later ones make up for the errors of earlier ones.
 //!
-//!     moment     Σ x xᵀ of calibration text           moment.rs
-//!     Curvature  H, damped, and its factor U             curvature.rs, cholesky.rs
-//!     Grid       the scales that the format can hold     grid.rs
-//!     Strip      48 rows of W, a vector lane per row     strip.rs
-//!       nearest    start 1: plain rounding               strip.rs
-//!       feedback   start 2: error feedback (GPTQ)        feedback.rs
-//!       descend    coordinate descent from both          descent.rs
-//!       anneal     once more, from a thermal start       descent.rs
+//! ```text
+//! moment     Σ x xᵀ of calibration text           moment.rs
+//! Curvature  H, damped, and its factor U             curvature.rs, cholesky.rs
+//! Grid       the scales that the format can hold     grid.rs
+//! Strip      48 rows of W, a vector lane per row     strip.rs
+//!   nearest    start 1: plain rounding               strip.rs
+//!   feedback   start 2: error feedback (GPTQ)        feedback.rs
+//!   descend    coordinate descent from both          descent.rs
+//!   anneal     once more, from a thermal start       descent.rs
+//! ```
 //!
 //! Rows do not depend on each other: strips are the unit of parallel work, and each row keeps the
 //! best of all ends, so no row is ever worse than plain rounding in its own objective.
