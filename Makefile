@@ -41,9 +41,14 @@ test-rust:
 test-python: setup
 	$(BIN)/python -m pytest -q
 
-bench: setup  ## measure beside torch and bitsandbytes, and write benches/record/
+bench: setup  ## measure beside torch, bitsandbytes and peft (half an hour), and write benches/record/
 	$(BIN)/python -m benches.quantize --record
 	$(BIN)/python -m benches.linear --record
+	$(BIN)/python -m benches.linear --record --size 11008 4096
+	$(BIN)/python -m benches.block --record
+	$(BIN)/python -m benches.bandwidth --record
+	$(BIN)/python -m benches.loss --record
+	$(BIN)/python -m benches.smollm2 --record
 
 lint: setup  ## check format, lints and types
 	cargo fmt --all --check

@@ -89,7 +89,9 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     ratios = [f"{peer.removeprefix('torch ').removeprefix('bnb ')}/{us}" for peer, us in RATIOS]
-    table = Table("linear", ("layer", "dtype", "pass", "rows", *COLUMNS, *ratios))
+    size = "x".join(map(str, options.size))
+    name = "linear" if size == "4096x4096" else f"linear-{size}"
+    table = Table(name, ("layer", "dtype", "pass", "rows", *COLUMNS, *ratios))
     slower = measure(options, table)
     table.say("")
     table.say(
