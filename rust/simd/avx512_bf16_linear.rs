@@ -153,12 +153,16 @@ impl<'a, const R: usize> Codes<'a, R> {
         let at = step * STEP_BYTES;
         let whole = at + STEP_BYTES <= self.rows[r].len();
         let from = if whole { self.rows[r].as_ptr().wrapping_add(at) } else { self.rests[r].as_ptr() };
-        // SAFETY: 64 bytes are readable: they end inside the row, or are the array. The prefetch of
-        // the next tile's codes may point anywhere.
-        unsafe {
-            _mm_prefetch::<_MM_HINT_T0>(from.wrapping_add(R * self.rows[r].len()).cast());
-            _mm512_loadu_si512(from.cast())
-        }
+        // SAFETY: 64 bytes are readable: they end inside the row, or are the array.
+        unsafe { _mm512_loadu_si512(from.cast()) }
+    }
+
+    /// Ask for the codes that row `r` of the tile `tiles` further on has in a step.
+    #[inline]
+    #[target_feature(enable = "avx512f")]
+    fn fetch(&self, r: usize, step: usize, tiles: usize) {
+        let ahead = step * STEP_BYTES + tiles * R * self.rows[r].len();
+        _mm_prefetch::<_MM_HINT_T0>(self.rows[r].as_ptr().wrapping_add(ahead).cast());
     }
 }
 
@@ -216,6 +220,7 @@ unsafe fn row_tile<const R: usize>(x: &[bf16], strip: &Strip<'_>, row: usize, ou
         }
         for r in 0..R {
             let mut codes = rows.load(r, step);
+            rows.fetch(r, step, 2);
             let first = (row + r) * strip.absmax_stride + ((step * PREPARED_MULTIPLE) >> block_shift);
             // SAFETY: a step's first block is below columns / block_size, and four values follow the last row.
             let absmax = unsafe { _mm_loadl_epi64(strip.absmax.as_ptr().add(first).cast()) };
@@ -275,6 +280,7 @@ unsafe fn tile<const R: usize, const M: usize>(
         // ports with those, the oldest instruction goes first, and so they would come last.
         let next: [__m512i; R] = std::array::from_fn(|r| scaled(r, step + 1));
         let mut codes: [__m512i; R] = std::array::from_fn(|r| not_before(next[r], rows.load(r, step)));
+        (0..R).for_each(|r| rows.fetch(r, step, 1));
         for nibble in 0..4 {
             let mut weights = [_mm512_setzero_si512(); R];
             for r in 0..R {

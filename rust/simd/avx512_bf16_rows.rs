@@ -4,7 +4,7 @@
 
 use super::avx512_bf16_linear::{Codes, MOST_TOKENS, bf16s, table};
 use super::avx512_linear::store_sums;
-use super::{PREPARED_MULTIPLE, Strip};
+use super::{PREPARED_MULTIPLE, Strip, prefetch};
 use crate::codebook::LEVELS;
 use crate::memory::Scratch;
 use half::bf16;
@@ -52,13 +52,18 @@ fn rows_of_products<const R: usize>(
         let first = group * strip.tokens / groups;
         let tokens = (group + 1) * strip.tokens / groups - first;
         let x = &x[first * PREPARED_MULTIPLE..];
+        // The next rows' codes, a part of them during each group's products: asked for all at once,
+        // they would fill the buffers for misses and stop everything else.
+        let after = &strip.codes[((row + R) * strip.columns / 2).min(strip.codes.len())..];
+        let after = &after[..after.len().min(R * strip.columns / 2)];
+        let ahead = &after[group * after.len() / groups..(group + 1) * after.len() / groups];
         let out = &mut out[row * strip.tokens + first..];
         match tokens {
-            4 => tile::<R, 4>(x, strip.tokens, weights, out),
-            5 => tile::<R, 5>(x, strip.tokens, weights, out),
-            6 => tile::<R, 6>(x, strip.tokens, weights, out),
-            7 => tile::<R, 7>(x, strip.tokens, weights, out),
-            8 => tile::<R, 8>(x, strip.tokens, weights, out),
+            4 => tile::<R, 4>(x, strip.tokens, weights, ahead, out),
+            5 => tile::<R, 5>(x, strip.tokens, weights, ahead, out),
+            6 => tile::<R, 6>(x, strip.tokens, weights, ahead, out),
+            7 => tile::<R, 7>(x, strip.tokens, weights, ahead, out),
+            8 => tile::<R, 8>(x, strip.tokens, weights, ahead, out),
             _ => unreachable!("nine and more tokens are cut into groups of four to eight"),
         }
     }
@@ -96,14 +101,22 @@ fn decode<const R: usize>(strip: &Strip<'_>, row: usize, out: &mut [Decoded<R>])
     }
 }
 
-/// `R` rows of decoded weights times the first `M` of `tokens` tokens.
+/// `R` rows of decoded weights times the first `M` of `tokens` tokens; meanwhile `ahead` is fetched.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,fma")]
-fn tile<const R: usize, const M: usize>(x: &[bf16], tokens: usize, weights: &[Decoded<R>], out: &mut [f32]) {
+fn tile<const R: usize, const M: usize>(
+    x: &[bf16],
+    tokens: usize,
+    weights: &[Decoded<R>],
+    ahead: &[u8],
+    out: &mut [f32],
+) {
+    let mut ahead = ahead.chunks(64 * R);
     let mut sums = [[_mm512_setzero_ps(); M]; R];
     let steps = x.as_chunks::<PREPARED_MULTIPLE>().0.chunks(tokens);
     for (weights, x) in weights.iter().zip(steps) {
         let Some(x) = x.first_chunk::<M>() else { return };
+        ahead.next().into_iter().for_each(prefetch);
         for (nibble, weights) in weights.iter().enumerate() {
             let weights = weights.each_ref().map(|run| load(run));
             for m in 0..M {
