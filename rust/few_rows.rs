@@ -11,12 +11,13 @@ use crate::packed_matrix::PackedMatrix;
 use crate::parallel::{self, Columns};
 use crate::simd::{ABSMAX_PADDING, FewRowsBf16, Kernels, PREPARED_MULTIPLE, Strip};
 use half::bf16;
+use std::ops::Range;
 
-/// Rows of W per unit of parallel work: a multiple of the kernels' tiles of up to 16 rows, small
-/// enough that two cores finish together on a layer of 576 rows.
+/// Rows of W are multiplied in strips of a multiple of this many: a multiple of the kernels' tiles of up
+/// to 16 rows, small enough that two cores finish together on a layer of 576 rows.
 const STRIP_ROWS: usize = 16;
 
-/// Strips are longer where there are many, so that a thread reads longer runs of memory.
+/// Rows of a strip, at most.
 const LONGEST_STRIP: usize = 48;
 
 /// Fewer multiplications than this are not worth a second thread.
@@ -57,10 +58,12 @@ pub fn write<T: Element>(
     let fused = matrix.rows_are_aligned() && columns > 0;
     let prepared = prepare(kernels, product.activations, *tokens, matrix, fused);
     let outer = product.factors().map(|(_, b)| Outer::new(kernels, b.values, hidden, product.rank()));
-    let strip = (rows / (8 * threads.max(1))).next_multiple_of(STRIP_ROWS).clamp(STRIP_ROWS, LONGEST_STRIP);
     let y = Columns::new(y, rows);
-    parallel::for_each((0..rows).step_by(strip), threads, |first| {
-        let height = strip.min(rows - first);
+    let one_strip = |strip: Range<usize>, next: Range<usize>| {
+        let (first, height) = (strip.start, strip.len());
+        if fused {
+            fetch_absmax(matrix, next);
+        }
         let mut products = Scratch::of::<f32>(height * tokens);
         let products = &mut products.values_mut()[..height * tokens];
         if fused {
@@ -83,8 +86,40 @@ pub fn write<T: Element>(
             }
             T::narrow(kernels, &sums[..height], y.row_mut(token, 0, height));
         }
+    };
+    parallel::for_each(runs(rows, threads), threads, |run| {
+        if fused {
+            fetch_absmax(matrix, strip_of(&run, run.start));
+        }
+        for first in run.clone().step_by(LONGEST_STRIP) {
+            one_strip(strip_of(&run, first), strip_of(&run, first + LONGEST_STRIP));
+        }
     });
     Ok(())
+}
+
+/// The strip of a run that starts at row `first`; empty past the run's end.
+fn strip_of(run: &Range<usize>, first: usize) -> Range<usize> {
+    first.min(run.end)..(first + LONGEST_STRIP).min(run.end)
+}
+
+/// All rows as runs, one unit of parallel work each: long ones first, so that a thread reads memory in
+/// order, then ever shorter ones, so that all threads finish together even if one is slower.
+fn runs(rows: usize, threads: usize) -> Vec<Range<usize>> {
+    let mut runs = Vec::new();
+    let mut first = 0;
+    while first < rows {
+        let length = ((rows - first) / (2 * threads.max(1))).next_multiple_of(STRIP_ROWS).max(STRIP_ROWS);
+        runs.push(first..(first + length).min(rows));
+        first += length;
+    }
+    runs
+}
+
+/// Ask for the absmax of some rows: decoding them starts with all of them, and would wait for each.
+fn fetch_absmax(matrix: &PackedMatrix<'_>, rows: Range<usize>) {
+    let blocks = matrix.columns() / matrix.block_size();
+    matrix.fetch_absmax(rows.start * blocks..rows.end * blocks);
 }
 
 /// `hidden` [tokens, rank] = scaling x Aᵀ.

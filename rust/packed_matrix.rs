@@ -6,7 +6,8 @@
 
 use crate::codebook::NESTED_BLOCK;
 use crate::error::Error;
-use crate::simd::Kernels;
+use crate::simd::{Kernels, fetch_soon};
+use std::ops::Range;
 
 /// The largest magnitude of each block, as floats or quantized a second time.
 #[derive(Clone, Copy, Debug)]
@@ -166,6 +167,14 @@ impl<'a> PackedMatrix<'a> {
                 let nested = NestedScales { codes, absmax, offset, map };
                 (kernels.decode_absmax)(&nested, first, out);
             }
+        }
+    }
+
+    /// Ask memory for the absmax of some blocks, as they are stored.
+    pub fn fetch_absmax(&self, blocks: Range<usize>) {
+        match self.scales {
+            Scales::Single(absmax) => fetch_soon(&absmax[blocks]),
+            Scales::Nested { codes, .. } => fetch_soon(&codes[blocks]),
         }
     }
 

@@ -174,17 +174,59 @@ pub struct FewRowsBf16 {
     pub linear: Linear<bf16>,
 }
 
-/// Ask for bytes that will be read soon to be brought to the second-level cache.
+/// Bytes ahead of their use at which codes are asked for.
+///
+/// Far enough that memory answers in time, near enough that the second-level cache still holds them
+/// and that few of a thread's requests fall beyond its run of rows.
+const FETCH_DISTANCE: usize = 16 << 10;
+
+/// Ask for the cache line [`FETCH_DISTANCE`] after `place` to be brought to the second-level cache.
+///
+/// A kernel calls this for every line of codes in the order in which they lie in memory, even where it
+/// reads several rows side by side: the order is what lets the hardware's own fetching join in, and a
+/// request for the second-level cache is given up by the first level at once, which has room for two
+/// dozen of those that it waits for. Together this doubles the speed of reading weights that no cache
+/// holds; any address is allowed.
 #[inline]
-pub fn prefetch(bytes: &[u8]) {
+pub fn fetch_ahead(place: *const u8) {
+    fetch::<SECOND_LEVEL>(place.wrapping_add(FETCH_DISTANCE));
+}
+
+/// Ask for values that will be read soon to be brought to the second-level cache.
+#[inline]
+pub fn fetch_soon<T>(values: &[T]) {
+    lines(values).for_each(fetch::<SECOND_LEVEL>);
+}
+
+/// Ask for values that will be read next to be brought to the first-level cache: not many at once.
+#[inline]
+pub fn fetch_next<T>(values: &[T]) {
+    lines(values).for_each(fetch::<FIRST_LEVEL>);
+}
+
+fn lines<T>(values: &[T]) -> impl Iterator<Item = *const u8> {
+    let first = values.as_ptr().cast::<u8>();
+    (0..size_of_val(values)).step_by(64).map(move |line| first.wrapping_add(line))
+}
+
+#[cfg(target_arch = "x86_64")]
+const FIRST_LEVEL: i32 = std::arch::x86_64::_MM_HINT_T0;
+#[cfg(target_arch = "x86_64")]
+const SECOND_LEVEL: i32 = std::arch::x86_64::_MM_HINT_T1;
+#[cfg(not(target_arch = "x86_64"))]
+const FIRST_LEVEL: i32 = 0;
+#[cfg(not(target_arch = "x86_64"))]
+const SECOND_LEVEL: i32 = 1;
+
+#[inline]
+fn fetch<const LEVEL: i32>(place: *const u8) {
+    // SAFETY: a prefetch reads nothing that the program could see, whatever the address.
     #[cfg(target_arch = "x86_64")]
-    for line in bytes.chunks(64) {
-        use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
-        // SAFETY: a prefetch reads nothing that the program could see, whatever the address.
-        unsafe { _mm_prefetch::<_MM_HINT_T0>(line.as_ptr().cast()) };
+    unsafe {
+        std::arch::x86_64::_mm_prefetch::<LEVEL>(place.cast());
     }
     #[cfg(not(target_arch = "x86_64"))]
-    let _ = bytes;
+    let _ = place;
 }
 
 /// The paths this CPU can run, fastest first; the last one is always portable.

@@ -6,7 +6,7 @@ use super::{BLOCK_OUTPUTS, Direction, Factor, MOST_STEPS, Product, Span};
 use crate::dequantize::dequantize_run;
 use crate::element::Element;
 use crate::memory::Scratch;
-use crate::simd::{Kernels, Run, prefetch};
+use crate::simd::{Kernels, Run, fetch_next};
 use half::bf16;
 use std::marker::PhantomData;
 use std::ops::Range;
@@ -201,16 +201,16 @@ impl<T: Element> Product<'_, T> {
         };
         if depth.start == 0 {
             // Nobody asked for the first span in advance.
-            rows.clone().for_each(|row| prefetch(codes_of(row, run.start)));
+            rows.clone().for_each(|row| fetch_next(codes_of(row, run.start)));
         }
         let run_of = |row: usize| {
             let Some((_, absmax)) = scales.of(row, run).filter(|_| rows.contains(&row)) else {
                 let (codes, absmax) = (&ZERO_CODES[..run.len() / 2], &ZERO_ABSMAX[..run.len() / piece]);
                 return Run { codes, absmax, block_size: piece };
             };
-            ahead(row).into_iter().for_each(prefetch);
+            ahead(row).into_iter().for_each(fetch_next);
             if row + 16 < rows.end {
-                prefetch(codes_of(row + 16, run.start));
+                fetch_next(codes_of(row + 16, run.start));
             }
             Run { codes: codes_of(row, run.start), absmax, block_size: piece }
         };

@@ -3,7 +3,8 @@
 //! All functions here are reached through [`KERNELS`] alone, and [`detect`] hands that table out
 //! only where the CPU has the features: that is the argument of every `unsafe` call below.
 
-use super::{Kernels, PREPARED_MULTIPLE, PanelKernels, Strip, avx2_gemm, crossover, portable, softmax};
+use super::{Kernels, PREPARED_MULTIPLE, PanelKernels, Strip};
+use super::{avx2_gemm, crossover, fetch_ahead, portable, softmax};
 use crate::codebook::{BOUNDARIES, LEVELS};
 use crate::quantize::SMALLEST_ABSMAX;
 use half::{bf16, f16};
@@ -310,6 +311,7 @@ fn row_of_products<const M: usize>(
     let mut sums = [[_mm256_setzero_ps(); 2]; M];
     for (block, (codes, &absmax)) in codes.chunks_exact(block_size / 2).zip(absmax).enumerate() {
         let table = Table::scaled(absmax);
+        fetch_ahead(codes.as_ptr());
         for (i, codes) in codes.as_chunks::<8>().0.iter().enumerate() {
             let [first, second] = table.decode(codes);
             for (m, sums) in sums.iter_mut().enumerate() {

@@ -13,7 +13,7 @@
 //! with zeros.
 
 use super::avx512_bf16_rows;
-use super::avx512_linear::store_sums;
+use super::avx512_linear::{Codes, store_sums};
 use super::{ABSMAX_PADDING, PREPARED_MULTIPLE, Strip};
 use crate::codebook::LEVELS;
 use half::bf16;
@@ -29,9 +29,6 @@ pub(super) const MOST_TOKENS: usize = 8;
 /// factors it lets the 16 levels lose least, 8.5e-4 of their size (root mean square) instead of
 /// 1.4e-3. Used for one token, where scaling the sum of a block is cheaper than scaling its levels.
 const LEVEL_FACTOR: f32 = 1.43675;
-
-/// Codes of a step.
-const STEP_BYTES: usize = PREPARED_MULTIPLE / 2;
 
 #[target_feature(enable = "avx512f,avx512bw,avx512vl")]
 pub(super) fn prepare(x: &[bf16], columns: usize, out: &mut [bf16]) {
@@ -124,48 +121,6 @@ pub(super) fn linear(x: &[bf16], strip: &Strip<'_>, out: &mut [f32]) {
     }
 }
 
-/// The codes of a tile's rows, a step at a time.
-pub(super) struct Codes<'a, const R: usize> {
-    rows: [&'a [u8]; R],
-    /// What is left of each row after its whole steps, and zeros after it.
-    rests: [[u8; STEP_BYTES]; R],
-}
-
-impl<'a, const R: usize> Codes<'a, R> {
-    pub(super) fn new(strip: &Strip<'a>, first_row: usize) -> Self {
-        let bytes = strip.columns / 2;
-        let rows = std::array::from_fn(|r| &strip.codes[(first_row + r) * bytes..][..bytes]);
-        let mut rests = [[0; STEP_BYTES]; R];
-        for (row, rest) in rows.iter().zip(&mut rests) {
-            let (_, codes) = row.as_chunks::<STEP_BYTES>();
-            if !codes.is_empty() {
-                rest[..codes.len()].copy_from_slice(codes);
-            }
-        }
-        Self { rows, rests }
-    }
-
-    /// The codes of row `r`'s 128 weights in a step. A choice between two addresses, not between two
-    /// kinds of load: a branch here would keep the compiler from mixing the rows' instructions.
-    #[inline]
-    #[target_feature(enable = "avx512f")]
-    pub(super) fn load(&self, r: usize, step: usize) -> __m512i {
-        let at = step * STEP_BYTES;
-        let whole = at + STEP_BYTES <= self.rows[r].len();
-        let from = if whole { self.rows[r].as_ptr().wrapping_add(at) } else { self.rests[r].as_ptr() };
-        // SAFETY: 64 bytes are readable: they end inside the row, or are the array.
-        unsafe { _mm512_loadu_si512(from.cast()) }
-    }
-
-    /// Ask for the codes that row `r` of the tile `tiles` further on has in a step.
-    #[inline]
-    #[target_feature(enable = "avx512f")]
-    fn fetch(&self, r: usize, step: usize, tiles: usize) {
-        let ahead = step * STEP_BYTES + tiles * R * self.rows[r].len();
-        _mm_prefetch::<_MM_HINT_T0>(self.rows[r].as_ptr().wrapping_add(ahead).cast());
-    }
-}
-
 /// 512 plain bits as a vector of bf16.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bf16")]
@@ -218,9 +173,9 @@ unsafe fn row_tile<const R: usize>(x: &[bf16], strip: &Strip<'_>, row: usize, ou
             // SAFETY: the token's step holds 128 values.
             *activations = unsafe { _mm512_loadu_si512(x.as_ptr().add(from).cast()) };
         }
+        rows.fetch_ahead(step);
         for r in 0..R {
             let mut codes = rows.load(r, step);
-            rows.fetch(r, step, 2);
             let first = (row + r) * strip.absmax_stride + ((step * PREPARED_MULTIPLE) >> block_shift);
             // SAFETY: a step's first block is below columns / block_size, and four values follow the last row.
             let absmax = unsafe { _mm_loadl_epi64(strip.absmax.as_ptr().add(first).cast()) };
@@ -280,7 +235,7 @@ unsafe fn tile<const R: usize, const M: usize>(
         // ports with those, the oldest instruction goes first, and so they would come last.
         let next: [__m512i; R] = std::array::from_fn(|r| scaled(r, step + 1));
         let mut codes: [__m512i; R] = std::array::from_fn(|r| not_before(next[r], rows.load(r, step)));
-        (0..R).for_each(|r| rows.fetch(r, step, 1));
+        rows.fetch_ahead(step);
         for nibble in 0..4 {
             let mut weights = [_mm512_setzero_si512(); R];
             for r in 0..R {

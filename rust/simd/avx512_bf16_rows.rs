@@ -2,9 +2,9 @@
 //! decoded into a buffer in the first-level cache, in the order of `avx512_bf16_linear.rs`, and then
 //! multiplied with eight tokens at a time: the more tokens, the less decoding costs each.
 
-use super::avx512_bf16_linear::{Codes, MOST_TOKENS, bf16s, table};
-use super::avx512_linear::store_sums;
-use super::{PREPARED_MULTIPLE, Strip, prefetch};
+use super::avx512_bf16_linear::{MOST_TOKENS, bf16s, table};
+use super::avx512_linear::{Codes, store_sums};
+use super::{PREPARED_MULTIPLE, Strip, fetch_next};
 use crate::codebook::LEVELS;
 use crate::memory::Scratch;
 use half::bf16;
@@ -116,7 +116,7 @@ fn tile<const R: usize, const M: usize>(
     let steps = x.as_chunks::<PREPARED_MULTIPLE>().0.chunks(tokens);
     for (weights, x) in weights.iter().zip(steps) {
         let Some(x) = x.first_chunk::<M>() else { return };
-        ahead.next().into_iter().for_each(prefetch);
+        ahead.next().into_iter().for_each(fetch_next);
         for (nibble, weights) in weights.iter().enumerate() {
             let weights = weights.each_ref().map(|run| load(run));
             for m in 0..M {

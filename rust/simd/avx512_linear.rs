@@ -8,9 +8,12 @@
 //! in its high nibble. A last step of fewer than 128 weights reads zeros past the row's end; its
 //! activations are padded with zeros. Products of bf16 as such: `avx512_bf16_linear.rs`.
 
-use super::{ABSMAX_PADDING, PREPARED_MULTIPLE, Strip};
+use super::{ABSMAX_PADDING, PREPARED_MULTIPLE, Strip, fetch_ahead};
 use crate::codebook::LEVELS;
 use std::arch::x86_64::*;
+
+/// Codes of a step.
+const STEP_BYTES: usize = PREPARED_MULTIPLE / 2;
 
 /// Transpose each 128 values from [lane][nibble] to [nibble][lane].
 pub(super) fn prepare_f32(row: &[f32], out: &mut [f32]) {
@@ -56,19 +59,45 @@ fn absmax_lanes(block_size: usize) -> __m512i {
     }
 }
 
-/// A step's 64 bytes of codes; fewer where the row ends, then zeros.
-///
-/// # Safety
-/// `min(64, rest)` bytes must be readable at `codes`.
-#[inline]
-#[target_feature(enable = "avx512f,avx512bw,avx512vl")]
-unsafe fn load_codes(codes: *const u8, rest: usize) -> __m512i {
-    if rest >= 64 {
-        // SAFETY: 64 bytes are readable.
-        unsafe { _mm512_loadu_si512(codes.cast()) }
-    } else {
-        // SAFETY: the mask admits the first `rest` bytes only.
-        unsafe { _mm512_maskz_loadu_epi8((1_u64 << rest) - 1, codes.cast()) }
+/// The codes of a tile's rows, a step at a time.
+pub(super) struct Codes<'a, const R: usize> {
+    rows: [&'a [u8]; R],
+    /// What is left of each row after its whole steps, and zeros after it.
+    rests: [[u8; STEP_BYTES]; R],
+}
+
+impl<'a, const R: usize> Codes<'a, R> {
+    pub(super) fn new(strip: &Strip<'a>, first_row: usize) -> Self {
+        let bytes = strip.columns / 2;
+        let rows = std::array::from_fn(|r| &strip.codes[(first_row + r) * bytes..][..bytes]);
+        let mut rests = [[0; STEP_BYTES]; R];
+        for (row, rest) in rows.iter().zip(&mut rests) {
+            let (_, codes) = row.as_chunks::<STEP_BYTES>();
+            if !codes.is_empty() {
+                rest[..codes.len()].copy_from_slice(codes);
+            }
+        }
+        Self { rows, rests }
+    }
+
+    /// The codes of row `r`'s 128 weights in a step. A choice between two addresses, not between two
+    /// kinds of load: a branch here would keep the compiler from mixing the rows' instructions.
+    #[inline]
+    #[target_feature(enable = "avx512f")]
+    pub(super) fn load(&self, r: usize, step: usize) -> __m512i {
+        let at = step * STEP_BYTES;
+        let whole = at + STEP_BYTES <= self.rows[r].len();
+        let from = if whole { self.rows[r].as_ptr().wrapping_add(at) } else { self.rests[r].as_ptr() };
+        // SAFETY: 64 bytes are readable: they end inside the row, or are the array.
+        unsafe { _mm512_loadu_si512(from.cast()) }
+    }
+
+    /// Ask for one line of codes per row, in the order of memory: see [`fetch_ahead`].
+    #[inline]
+    pub(super) fn fetch_ahead(&self, step: usize) {
+        for line in step * R..(step + 1) * R {
+            fetch_ahead(self.rows[0].as_ptr().wrapping_add(line * STEP_BYTES));
+        }
     }
 }
 
@@ -130,25 +159,18 @@ unsafe fn tile_f32<const R: usize, const M: usize>(
     let lanes = absmax_lanes(strip.block_size);
     // Block sizes are powers of two; a division here would cost as much as the step.
     let block_shift = strip.block_size.trailing_zeros();
-    let row_bytes = strip.columns / 2;
+    let rows = Codes::<R>::new(strip, row);
     let prepared = strip.columns.next_multiple_of(PREPARED_MULTIPLE);
     let mut sums = [[_mm512_setzero_ps(); M]; R];
     for step in 0..prepared / PREPARED_MULTIPLE {
-        let mut codes = [_mm512_setzero_si512(); R];
-        let mut scales = [_mm512_setzero_ps(); R];
-        for r in 0..R {
-            // SAFETY: step * 64 < row_bytes, and the row lies inside the strip. The prefetch may
-            // point past it, which is allowed.
-            unsafe {
-                let at = strip.codes.as_ptr().add((row + r) * row_bytes + step * 64);
-                codes[r] = load_codes(at, row_bytes - step * 64);
-                _mm_prefetch::<_MM_HINT_T0>(at.wrapping_add(R * row_bytes).cast());
-                // A step's first block is below columns / block_size, and four values follow the last row.
-                let first = (row + r) * strip.absmax_stride + ((step * PREPARED_MULTIPLE) >> block_shift);
-                let absmax = _mm_loadu_ps(strip.absmax.as_ptr().add(first));
-                scales[r] = _mm512_permutexvar_ps(lanes, _mm512_broadcast_f32x4(absmax));
-            }
-        }
+        rows.fetch_ahead(step);
+        let mut codes: [__m512i; R] = std::array::from_fn(|r| rows.load(r, step));
+        let scales: [__m512; R] = std::array::from_fn(|r| {
+            let first = (row + r) * strip.absmax_stride + ((step * PREPARED_MULTIPLE) >> block_shift);
+            // SAFETY: a step's first block is below columns / block_size, and four values follow the last row.
+            let absmax = unsafe { _mm_loadu_ps(strip.absmax.as_ptr().add(first)) };
+            _mm512_permutexvar_ps(lanes, _mm512_broadcast_f32x4(absmax))
+        });
         let mut partial = [_mm512_setzero_ps(); R];
         for nibble in 0..8 {
             let mut activations = [_mm512_setzero_ps(); M];
