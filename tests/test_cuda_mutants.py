@@ -110,14 +110,12 @@ MUTANTS = (
         "exponent ? exponent - 1 : 0]",
         "exponent ? exponent - 1 : 1]",
     ),
-    double(
-        "no barrier after the bins are read", ": 0;\n    __syncthreads();", ": 0;", "uninitialised"
-    ),
+    double("no barrier after the bins are read", ": 0;\n    __syncthreads();", ": 0;", "race"),
     double(
         "no barrier before the offset is read",
         f"    }}\n{SYNC}    const float offset",
         "    }\n    const float offset",
-        "uninitialised",
+        "race",
     ),
     double(
         "ties are not even", "rest == half && (sticky || mantissa & 1u)", "rest == half && sticky"
@@ -141,7 +139,7 @@ MUTANTS = (
         "no barrier after the map",
         f"offset_shared = nested_offset[0];\n{SYNC}",
         "offset_shared = nested_offset[0];\n",
-        "uninitialised",
+        "race",
     ),
     dequantize("no barrier after the absmax", f"#endif\n{SYNC}", "#endif\n", "uninitialised"),
     dequantize(

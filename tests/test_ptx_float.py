@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from ptx_emulator import Refusal
 from ptx_snippets import bits, evaluate, rounded
 
 NAN = 0x7FFFFFFF
@@ -21,12 +22,17 @@ CASES = [
     ("add.f32", "b32", [(ONE, TWO, THREE), (INFINITY, INFINITY | SIGN, NAN), (TINY, TINY, 2)]),
     ("add.ftz.f32", "b32", [(TINY, TINY, 0), (TINY | SIGN, 0, 0), (ONE, TINY, ONE)]),
     ("add.sat.f32", "b32", [(ONE, ONE, ONE), (ONE, bits(-3.0), 0), (NAN, ONE, 0)]),
+    ("mul.ftz.sat.f32", "b32", [(bits(2.0**-100), bits(2.0**-40), 0), (TWO, TWO, ONE)]),
+    ("mul.sat.f32", "b32", [(bits(2.0**-100), bits(2.0**-40), bits(2.0**-140))]),
     ("add.rm.f32", "b32", [(ONE, bits(-1.0), SIGN)]),
     ("sub.f32", "b32", [(THREE, ONE, TWO)]),
     ("mul.f32", "b32", [(TWO, THREE, bits(6.0)), (0, INFINITY, NAN)]),
     ("mul.ftz.f32", "b32", [(bits(2.0**-100), bits(2.0**-40), 0), (SIGN | TINY, ONE, SIGN)]),
     ("div.rn.f32", "b32", [(ONE, THREE, 0x3EAAAAAB), (ONE, 0, INFINITY), (0, 0, NAN)]),
     ("div.rz.f32", "b32", [(ONE, THREE, 0x3EAAAAAA)]),
+    ("div.approx.f32", "b32", [(bits(6.0), TWO, THREE), (bits(2.0**127), bits(-(2.0**127)), SIGN),
+                               (INFINITY, bits(2.0**127), NAN)]),
+    ("div.full.f32", "b32", [(bits(2.0**127), bits(2.0**127), ONE)]),
     ("min.f32", "b32", [(NAN, ONE, ONE), (0, SIGN, SIGN), (ONE, TWO, ONE)]),
     ("max.f32", "b32", [(NAN, ONE, ONE), (0, SIGN, 0), (ONE, TWO, TWO)]),
     ("min.NaN.f32", "b32", [(NAN, ONE, NAN)]),
@@ -48,6 +54,27 @@ def test_a_binary_float_instruction_follows_the_isa(case):
     code, kind, rows = case
     a, b, expected = zip(*rows, strict=True)
     assert evaluate(f"{code} %d, %a, %b;", kind, (kind, a), (kind, b)) == list(expected)
+
+
+def test_minima_and_maxima_of_three():
+    rows = [(ONE, TWO, THREE), (THREE, ONE, TWO), (TWO, THREE, ONE), (NAN, TWO, ONE)]
+    operands = [("b32", column) for column in zip(*rows, strict=True)]
+    for code, expected in {
+        "min.f32": [ONE, ONE, ONE, ONE],
+        "max.f32": [THREE, THREE, THREE, TWO],
+        "max.NaN.f32": [THREE, THREE, THREE, NAN],
+    }.items():
+        assert evaluate(f"{code} %d, %a, %b, %c;", "b32", *operands) == expected
+
+
+@pytest.mark.parametrize(
+    "code",
+    ["add.f32 %d, %a, %a, %a;", "fma.rn.f32 %d, %a, %a;", "min.s32 %d, %a, %a, %a;",
+     ".reg .b64 x; .reg .b128 y; mov.b64 x, {%a, %a}; mov.b128 y, {x, x};"],
+)  # fmt: skip
+def test_an_unknown_form_of_a_known_instruction_is_refused(code):
+    with pytest.raises(Refusal, match="unknown-instruction"):
+        evaluate(code, "b32", ("b32", [ONE]))
 
 
 UNARY = [
@@ -87,6 +114,10 @@ def test_a_comparison_knows_nan(name, expected):
 
 CONVERSIONS = [
     ("cvt.rni.s32.f32", "b32", "b32", [(bits(2.5), 2), (bits(-2.5), 2**32 - 2), (bits(3e9), 2**31 - 1), (NAN, 0)]),
+    ("cvt.rzi.s64.f32", "b64", "b32", [(NAN, 2**63), (bits(-2.5), 2**64 - 2)]),
+    ("cvt.rzi.s64.f16", "b64", "b16", [(0x7FFF, 2**63)]),
+    ("cvt.rzi.u16.f64", "b16", "b64", [(0x7FF8 << 48, 2**15), (bits(7.9, "f64"), 7)]),
+    ("cvt.rzi.u16.f32", "b16", "b32", [(NAN, 0)]),
     ("cvt.rzi.u32.f32", "b32", "b32", [(bits(2.9), 2), (bits(-1.0), 0)]),
     ("cvt.rmi.s32.f32", "b32", "b32", [(bits(-2.1), 2**32 - 3)]),
     ("cvt.rpi.s32.f32", "b32", "b32", [(bits(2.1), 3)]),

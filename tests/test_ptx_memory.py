@@ -125,6 +125,81 @@ def test_atomics_of_all_lanes_add_up(code, start, expected, place):
     assert result.arrays[0].view(np.uint32)[0] == expected % 2**32
 
 
+@pytest.mark.parametrize("turns", range(66_000, 68_001, 250))
+def test_a_block_may_end_at_any_time(turns):
+    # Some of these end just as a block's slice of execution does.
+    ptx = f"""{HEADER}.visible .entry kernel() {{ .reg .b32 %r; .reg .pred %p; mov.b32 %r, 0;
+    again: add.u32 %r, %r, 1; setp.lt.u32 %p, %r, {turns}; @%p bra again; ret; }}"""
+    result = Module(ptx).launch("kernel", [], grid=1, block=1)
+    assert result.counters["warp_instructions"] == 3 * turns + 2
+
+
+def test_other_blocks_see_all_eight_bytes_of_a_strong_store():
+    body = """
+    u64 seen, torn = 0;
+    if (blockIdx.x == 0) for (int i = 0; i < 60000; i++)
+        asm volatile("st.relaxed.gpu.global.b64 [%0], %1;" :: "l"(a), "l"(i % 2 ? ~0ull : 0ull) : "memory");
+    else for (int i = 0; i < 60000; i++) {
+        asm volatile("ld.relaxed.gpu.global.b64 %0, [%1];" : "=l"(seen) : "l"(a) : "memory");
+        torn += (u32)seen != (u32)(seen >> 32);
+    }
+    b[blockIdx.x] = torn;
+    """
+    arguments = inout(np.zeros(2, np.int32)), output(np.zeros(2, np.int32))
+    assert (run(body, *arguments, grid=2, block=1).arrays[1] == 0).all()
+
+
+def test_sums_in_global_memory_lose_subnormals_and_in_shared_memory_keep_them():
+    tiny = np.array([3], np.int32)  # 3 * 2^-149
+    add = "atomicAdd((float*)a, __int_as_float(2));"
+    assert run(add, inout(tiny), block=1).arrays[0][0] == 0
+    body = "__shared__ float cell; cell = ((float*)a)[0]; atomicAdd(&cell, __int_as_float(2)); *(float*)a = cell;"
+    assert run(body, inout(tiny), block=1).arrays[0][0] == 5
+
+
+UNFILLED = """
+    __shared__ int part[32];
+    if (t < 4) part[t] = t;
+    __syncwarp();
+    int sum = part[t];  // lanes from 4 on read what nothing has written
+    for (int i = 1; i < 32; i *= 2) {
+        int before = __shfl_up_sync(0xffffffffu, sum, i);
+        if (t >= i) sum += before;
+    }
+    part[t] = sum;
+    __syncwarp();
+    if (t < SHOWN) a[t] = part[t];
+"""
+
+
+def test_unwritten_shared_memory_may_be_read_and_copied_but_never_decide_a_result():
+    fresh = output(np.zeros(4, np.int32))
+    found = run(UNFILLED.replace("SHOWN", "4"), fresh).arrays[0]
+    np.testing.assert_array_equal(found, [0, 1, 3, 6])
+    with pytest.raises(
+        Refusal, match=r"uninitialised.*thread \(4, 0, 0\).*the value stored.*shared offset"
+    ):
+        run(UNFILLED.replace("SHOWN", "5"), output(np.zeros(8, np.int32)))
+
+
+def test_a_matrix_loaded_from_unwritten_shared_memory_may_not_be_multiplied():
+    body = """
+    __shared__ __align__(16) u32 tile[128]; u32 f[4]; float d[4] = {0, 0, 0, 0};
+    for (int i = t; i < FILLED; i += 32) tile[i] = 0x3c003c00;
+    __syncwarp();
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+        : "=r"(f[0]), "=r"(f[1]), "=r"(f[2]), "=r"(f[3]) : "r"((u32)__cvta_generic_to_shared(tile + 4 * t)));
+    asm volatile("mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5}, {%6}, "
+        "{%0, %1, %2, %3};" : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]) : "r"(f[0]), "r"(f[1]), "r"(f[2]));
+    a[t] = (int)d[0];
+    """
+    fresh = output(np.zeros(32, np.int32))
+    # The fourth matrix is loaded and dropped, as the last turn of a pipeline does.
+    assert (run(body.replace("FILLED", "96"), fresh).arrays[0] == 8).all()
+    with pytest.raises(Refusal, match=r"uninitialised.*operand B.*shared offset 368"):
+        run(body.replace("FILLED", "95"), fresh)
+
+
 def test_wide_atomics_and_reductions_over_many_blocks():
     body = "atomicAdd((u64*)a, 1ull << 33); atomicAdd((u64*)a + 1, (u64)t); atomicAdd(a + 4, 1);"
     result = run(body, inout(np.zeros(6, np.int32)), grid=50, block=64)

@@ -4,6 +4,7 @@ use crate::async_copy::Copy;
 use crate::block::{Block, Launch, lanes, optional};
 use crate::counters::Count;
 use crate::fault::Fault;
+use crate::global::Buffer;
 use crate::layout::SHARED_WINDOW;
 use crate::options::AsyncTiming;
 use crate::program::{Access, AsyncCopy, Strength};
@@ -11,6 +12,7 @@ use crate::refusal::Complaint;
 use crate::shared::Who;
 use crate::step::{present, resolve};
 use crate::types::Space;
+use crate::warp::Warp;
 
 /// Lanes whose shared accesses of `bytes` each are served at once.
 pub(crate) fn lanes_per_phase(bytes: usize) -> usize {
@@ -26,9 +28,32 @@ fn extend(value: u64, access: &Access) -> u64 {
     wide as u64 & (u64::MAX >> (64 - access.register_bits))
 }
 
-fn undefined_memory(name: &str, offset: u64) -> Fault {
-    let text = format!("read of `{name}` + {offset}, which nothing has written");
-    Fault::new(Complaint::Uninitialised, 0, text)
+/// Refuses to read global bytes that nothing has written.
+pub(crate) fn need_written(buffer: &Buffer, address: u64, bytes: usize) -> Result<(), Fault> {
+    if buffer.is_defined(address, bytes) {
+        return Ok(());
+    }
+    let text = format!("read of `{}` + {}, which nothing has written", buffer.name, address - buffer.base);
+    Err(Fault::new(Complaint::Uninitialised, 0, text))
+}
+
+/// Fills the registers of one lane from memory that `read` gives, element by element from its offset on.
+#[inline]
+fn fill(warp: &mut Warp, access: &Access, lane: usize, defined: bool, read: impl Fn(usize) -> u64) {
+    for (i, &register) in access.registers.iter().enumerate() {
+        let value = extend(read(i * access.element.bytes()), access);
+        warp.set_lane(register, lane, value, defined);
+    }
+}
+
+/// Adds a warp's accesses to the counts.
+fn count_accesses(count: &mut Count, global: &[(u64, usize)], shared: &[(usize, usize)], bytes: usize) {
+    if !global.is_empty() {
+        count.global_access(global, bytes);
+    }
+    if !shared.is_empty() {
+        count.shared_access(shared, bytes, lanes_per_phase(bytes));
+    }
 }
 
 impl Block {
@@ -48,6 +73,7 @@ impl Block {
         let bytes = element * access.registers.len();
         let mut global: Vec<(u64, usize)> = Vec::new();
         let mut shared: Vec<(usize, usize)> = Vec::new();
+        let mut stray = None;
         for lane in lanes(active) {
             let address = addresses[lane].wrapping_add(access.offset as u64);
             let (space, address) = resolve(access.space, address);
@@ -61,27 +87,24 @@ impl Block {
                         self.order.observe(w, SHARED_WINDOW | address, acquire);
                     }
                     let who = Who { warp: w, lane, pc };
-                    self.shared.read(&self.order, who, offset, bytes, strong).map_err(fail)?;
-                    for (i, &register) in access.registers.iter().enumerate() {
-                        let value = self.shared.get(offset + i * element, element);
-                        warp.set_lane(register, lane, extend(value, access));
+                    let whole = self.shared.read(&self.order, who, offset, bytes, strong).map_err(fail)?;
+                    if !whole {
+                        stray.get_or_insert((pc, offset));
                     }
+                    fill(warp, access, lane, whole, |at| self.shared.get(offset + at, element));
                     shared.push((lane, offset));
                 }
                 Space::Global | Space::Const | Space::Generic => {
                     let mut hint = warp.hint;
                     let buffer = launch.memory.find(address, bytes, false, &mut hint).map_err(fail)?;
                     warp.hint = hint;
-                    if !buffer.is_defined(address, bytes) {
-                        return Err(undefined_memory(&buffer.name, address - buffer.base).at(lane));
-                    }
+                    need_written(buffer, address, bytes).map_err(fail)?;
                     if access.strength != Strength::Weak {
                         self.order.observe(w, address, access.strength == Strength::Acquire);
                     }
-                    for (i, &register) in access.registers.iter().enumerate() {
-                        let value = buffer.read(address + (i * element) as u64, element);
-                        warp.set_lane(register, lane, extend(value, access));
-                    }
+                    let whole = launch.memory.whole(access.strength != Strength::Weak && element == 8);
+                    fill(warp, access, lane, true, |at| buffer.read(address + at as u64, element));
+                    drop(whole);
                     if access.space != Space::Const {
                         buffer.touch(address, bytes, false);
                         global.push((address, bytes));
@@ -91,10 +114,7 @@ impl Block {
                     for (i, &register) in access.registers.iter().enumerate() {
                         let at = address + (i * element) as u64;
                         let (value, defined) = warp.local_read(lane, at, element).map_err(fail)?;
-                        warp.set_lane(register, lane, extend(value, access));
-                        if !defined && crate::block::optional(register).is_some() {
-                            warp.defined[register as usize] &= !(1 << lane);
-                        }
+                        warp.set_lane(register, lane, extend(value, access), defined);
                     }
                 }
                 Space::Param => {
@@ -104,21 +124,17 @@ impl Block {
                             format!("access of {bytes} bytes at offset {address} of the kernel's parameters");
                         return Err(Fault::new(Complaint::OutOfBounds, lane as u32, text));
                     };
-                    for (i, &register) in access.registers.iter().enumerate() {
+                    fill(warp, access, lane, true, |at| {
                         let mut word = [0; 8];
-                        word[..element].copy_from_slice(&content[i * element..(i + 1) * element]);
-                        warp.set_lane(register, lane, extend(u64::from_le_bytes(word), access));
-                    }
+                        word[..element].copy_from_slice(&content[at..at + element]);
+                        u64::from_le_bytes(word)
+                    });
                 }
             }
         }
-        if !global.is_empty() {
-            count.bytes_read += (bytes * global.len()) as u64;
-            count.global_access(&global, bytes);
-        }
-        if !shared.is_empty() {
-            count.shared_access(&shared, bytes, lanes_per_phase(bytes));
-        }
+        warp.stray = stray.or(warp.stray);
+        count.bytes_read += (bytes * global.len()) as u64;
+        count_accesses(count, &global, &shared, bytes);
         Ok(())
     }
 
@@ -138,7 +154,7 @@ impl Block {
         let bytes = element * access.registers.len();
         let mut global: Vec<(u64, usize)> = Vec::new();
         let mut shared: Vec<(usize, usize)> = Vec::new();
-        let values = |warp: &crate::warp::Warp, lane: usize| -> Result<(), Fault> {
+        let values = |warp: &Warp, lane: usize| -> Result<(), Fault> {
             for register in present(&access.registers) {
                 warp.need(register, 1 << lane, launch.program, "the value stored")?;
             }
@@ -150,16 +166,18 @@ impl Block {
             let fail = |fault: Fault| fault.at(lane);
             match space {
                 Space::Shared => {
-                    values(warp, lane)?;
                     let offset = self.shared.locate(address, bytes).map_err(fail)?;
                     let strong = access.strength != Strength::Weak;
                     for (i, &register) in access.registers.iter().enumerate() {
                         let value = warp.get(register)[lane] & (u64::MAX >> (64 - 8 * element));
                         let at = offset + i * element;
                         let who = Who { warp: w, lane, pc };
-                        self.shared
-                            .write(&self.order, who, at, element, Some(value), strong)
-                            .map_err(fail)?;
+                        let defined = warp.defined[register as usize] >> lane & 1 == 1;
+                        let bits = defined.then_some(value);
+                        self.shared.write(&self.order, who, at, element, bits, strong).map_err(fail)?;
+                        if !defined {
+                            self.shared.hollow(at, element);
+                        }
                         self.changed |= self.shared.put(at, element, value);
                     }
                     if strong {
@@ -176,10 +194,12 @@ impl Block {
                     if access.strength != Strength::Weak {
                         self.order.publish(w, address, access.strength == Strength::Release);
                     }
+                    let whole = launch.memory.whole(access.strength != Strength::Weak && element == 8);
                     for (i, &register) in access.registers.iter().enumerate() {
                         let value = warp.get(register)[lane];
                         self.changed |= buffer.write(address + (i * element) as u64, element, value);
                     }
+                    drop(whole);
                     buffer.touch(address, bytes, true);
                     global.push((address, bytes));
                 }
@@ -197,13 +217,8 @@ impl Block {
                 }
             }
         }
-        if !global.is_empty() {
-            count.bytes_written += (bytes * global.len()) as u64;
-            count.global_access(&global, bytes);
-        }
-        if !shared.is_empty() {
-            count.shared_access(&shared, bytes, lanes_per_phase(bytes));
-        }
+        count.bytes_written += (bytes * global.len()) as u64;
+        count_accesses(count, &global, &shared, bytes);
         Ok(())
     }
 
@@ -254,9 +269,7 @@ impl Block {
                 launch.memory.find(source + source_bytes as u64 - 1, 1, false, &mut hint).map_err(fail)?;
                 let buffer = launch.memory.find(source, 1, false, &mut hint).map_err(fail)?;
                 warp.hint = hint;
-                if !buffer.is_defined(source, source_bytes) {
-                    return Err(undefined_memory(&buffer.name, source - buffer.base).at(lane));
-                }
+                need_written(buffer, source, source_bytes).map_err(fail)?;
                 buffer.touch(source, source_bytes, false);
                 global.push((source, source_bytes));
                 count.bytes_read += source_bytes as u64;
@@ -270,8 +283,7 @@ impl Block {
                 .map_err(fail)?;
         }
         self.changed = true;
-        count.global_access(&global, copy.bytes);
-        count.shared_access(&shared, copy.bytes, lanes_per_phase(copy.bytes));
+        count_accesses(count, &global, &shared, copy.bytes);
         Ok(())
     }
 

@@ -3,6 +3,7 @@
 use crate::block::{Block, Launch, lanes, optional};
 use crate::counters::Count;
 use crate::fault::Fault;
+use crate::float::{input, output};
 use crate::global::Buffer;
 use crate::layout::SHARED_WINDOW;
 use crate::program::{Atomic, AtomicOp, Strength};
@@ -12,7 +13,8 @@ use crate::shared::Who;
 use crate::step::resolve;
 use crate::types::{Space, Type};
 
-fn add(kind: Type, a: u64, b: u64) -> u64 {
+/// `flush`: sums of f32 in global memory lose subnormal operands and results; in shared memory they do not.
+fn add(kind: Type, a: u64, b: u64, flush: bool) -> u64 {
     let halves = |format| {
         let half = move |shift: u32| {
             let sum = decode(a >> shift & 0xffff, format) + decode(b >> shift & 0xffff, format);
@@ -21,6 +23,7 @@ fn add(kind: Type, a: u64, b: u64) -> u64 {
         move |packed: bool| half(0) | if packed { half(16) } else { 0 }
     };
     match kind {
+        Type::F32 if flush => output::<true, false>(input::<true>(a) + input::<true>(b)),
         Type::F32 => u64::from((f32::from_bits(a as u32) + f32::from_bits(b as u32)).to_bits()),
         Type::F64 => (f64::from_bits(a) + f64::from_bits(b)).to_bits(),
         Type::F16 => halves(F16)(false),
@@ -40,7 +43,7 @@ fn less(kind: Type, a: u64, b: u64) -> bool {
 }
 
 /// The new value of a memory cell.
-fn combine(atomic: &Atomic, old: u64, value: u64, swap: u64) -> u64 {
+fn combine(atomic: &Atomic, old: u64, value: u64, swap: u64, flush: bool) -> u64 {
     let new = match atomic.op {
         AtomicOp::And => old & value,
         AtomicOp::Or => old | value,
@@ -53,7 +56,7 @@ fn combine(atomic: &Atomic, old: u64, value: u64, swap: u64) -> u64 {
                 old
             }
         }
-        AtomicOp::Add => add(atomic.kind, old, value),
+        AtomicOp::Add => add(atomic.kind, old, value, flush),
         AtomicOp::Increment => {
             if old >= value {
                 0
@@ -116,19 +119,24 @@ impl Block {
             for (i, &slot) in atomic.values.iter().enumerate() {
                 let value = self.warps[w].get(slot)[lane];
                 let at = address + (i * bytes) as u64;
-                let old = match space {
+                let (old, defined) = match space {
                     Space::Shared => {
                         let offset = self.shared.locate(at, bytes).map_err(fail)?;
                         let who = Who { warp: w, lane, pc };
                         self.order.observe(w, SHARED_WINDOW | at, acquire);
-                        self.shared.read(&self.order, who, offset, bytes, true).map_err(fail)?;
+                        let defined =
+                            self.shared.read(&self.order, who, offset, bytes, true).map_err(fail)?;
+                        if !defined && atomic.op != AtomicOp::Exchange {
+                            let text = format!("atomic on shared offset {offset}, which holds no value");
+                            return Err(Fault::new(Complaint::Uninitialised, lane as u32, text));
+                        }
                         let old = self.shared.get(offset, bytes);
-                        let new = combine(atomic, old, value, swap);
+                        let new = combine(atomic, old, value, swap, false);
                         self.shared.write(&self.order, who, offset, bytes, None, true).map_err(fail)?;
                         self.order.publish(w, SHARED_WINDOW | at, release);
                         self.changed |= self.shared.put(offset, bytes, new);
                         shared.push((lane, offset));
-                        old
+                        (old, defined)
                     }
                     Space::Global | Space::Generic => {
                         let mut hint = self.warps[w].hint;
@@ -137,7 +145,8 @@ impl Block {
                         }
                         let buffer = launch.memory.find(at, bytes, true, &mut hint).map_err(fail)?;
                         self.warps[w].hint = hint;
-                        if !buffer.is_defined(at, bytes) && atomic.op != AtomicOp::Exchange {
+                        let defined = buffer.is_defined(at, bytes);
+                        if !defined && atomic.op != AtomicOp::Exchange {
                             let text = format!(
                                 "atomic on `{}` + {}, which nothing has written",
                                 buffer.name,
@@ -148,10 +157,10 @@ impl Block {
                         self.order.publish(w, at, release);
                         let old = update(launch, buffer, at, atomic, value, swap);
                         self.order.observe(w, at, acquire);
-                        self.changed |= old != combine(atomic, old, value, swap);
+                        self.changed |= old != combine(atomic, old, value, swap, true);
                         buffer.touch(at, bytes, true);
                         global.push((at, bytes));
-                        old
+                        (old, defined)
                     }
                     other => {
                         let text = format!("an atomic cannot work on {} memory", other.name());
@@ -159,7 +168,7 @@ impl Block {
                     }
                 };
                 if let Some(&result) = atomic.results.get(i) {
-                    self.warps[w].set_lane(result, lane, old);
+                    self.warps[w].set_lane(result, lane, old, defined);
                 }
             }
         }
@@ -179,11 +188,13 @@ impl Block {
 fn update(launch: &Launch, buffer: &Buffer, address: u64, atomic: &Atomic, value: u64, swap: u64) -> u64 {
     let bytes = atomic.kind.bytes();
     if bytes == 4 {
-        return u64::from(buffer.update(address, |old| combine(atomic, u64::from(old), value, swap) as u32));
+        return u64::from(
+            buffer.update(address, |old| combine(atomic, u64::from(old), value, swap, true) as u32),
+        );
     }
     let guard = launch.memory.wide_atomics.lock();
     let old = buffer.read(address, bytes);
-    buffer.write(address, bytes, combine(atomic, old, value, swap));
+    buffer.write(address, bytes, combine(atomic, old, value, swap, true));
     drop(guard);
     old
 }

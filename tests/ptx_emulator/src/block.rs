@@ -198,10 +198,11 @@ impl Block {
                 };
                 advanced |= self.run_warp(launch, counters, w, budget)? > 0;
             }
+            // Before the look at the slice: a block that ends as its slice does is not set aside.
+            if self.warps.iter().all(|warp| warp.live == 0) {
+                return Ok(Progress::Finished);
+            }
             if !advanced && !self.any_ready() {
-                if self.warps.iter().all(|warp| warp.live == 0) {
-                    return Ok(Progress::Finished);
-                }
                 return Err(self.stuck(launch));
             }
             if self.issued - start > slice {
@@ -237,7 +238,8 @@ impl Block {
         if self.changed_in_slice || self.past.len() > 100_000 {
             self.past.clear();
         }
-        let mut all = true;
+        // Where nobody can go on, `run` says why.
+        let mut all = self.any_ready();
         for (w, warp) in self.warps.iter().enumerate() {
             for group in warp.groups.iter().filter(|group| group.wait == Wait::Ready) {
                 let mut hasher = DefaultHasher::new();

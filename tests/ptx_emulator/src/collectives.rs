@@ -9,6 +9,16 @@ use crate::refusal::Complaint;
 use crate::types::Type;
 use crate::warp::{Group, Wait};
 
+/// The members that a lane names; it must be one of them.
+fn own_mask(masks: &Lanes, lane: usize) -> Result<u32, Fault> {
+    let mask = masks[lane] as u32;
+    if mask >> lane & 1 == 1 {
+        return Ok(mask);
+    }
+    let text = format!("lane {lane} is no member of its own mask {mask:#010x}");
+    Err(Fault::new(Complaint::Collective, lane as u32, text))
+}
+
 impl Block {
     /// Group `g` of warp `w` stands at an instruction that needs other lanes. Executes it for those whose
     /// partners have come; lets the others wait.
@@ -40,11 +50,7 @@ impl Block {
         let mut ready = 0;
         let mut sets: Vec<u32> = Vec::new();
         for lane in lanes(active) {
-            let mask = masks[lane] as u32;
-            if mask >> lane & 1 == 0 {
-                let text = format!("lane {lane} is no member of its own mask {mask:#010x}");
-                return Err(Fault::new(Complaint::Collective, lane as u32, text));
-            }
+            let mask = own_mask(&masks, lane)?;
             if sets.contains(&mask) {
                 continue;
             }
@@ -135,11 +141,7 @@ impl Block {
         let mut open = 0;
         let mut seen: Vec<u32> = Vec::new();
         for lane in lanes(active) {
-            let mask = masks[lane] as u32;
-            if mask >> lane & 1 == 0 {
-                let text = format!("lane {lane} is no member of its own mask {mask:#010x}");
-                return Err(Fault::new(Complaint::Collective, lane as u32, text));
-            }
+            let mask = own_mask(&masks, lane)?;
             if !seen.contains(&mask) && lanes(mask & live).all(|other| waiting[other] == Some(mask)) {
                 seen.push(mask);
                 open |= mask & live;

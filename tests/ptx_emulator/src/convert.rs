@@ -151,14 +151,10 @@ impl Convert {
 
     fn float_to_integer(&self, x: f64) -> u64 {
         let x = if self.ftz && self.from == Type::F32 && (x as f32).is_subnormal() { 0.0 } else { x };
-        // NaN becomes zero, except that conversions of f32 and f64 to 64 bits give 2^63 (the hardware's
-        // indefinite value) and to narrower types zero.
+        // NaN becomes zero, except from f64 and to 64 bits: there the top bit alone.
         if x.is_nan() {
-            return match (self.to.bytes(), self.from) {
-                (8, Type::F32 | Type::F64) => 1 << 63,
-                (4, Type::F64) => 1 << 31,
-                _ => 0,
-            };
+            let top = self.from == Type::F64 || self.to.bits() == 64;
+            return if top { 1 << (self.to.bits() - 1) } else { 0 };
         }
         let rounded = integral(x, self.rounding.unwrap_or(Rounding::Zero));
         let (low, high) = range(self.to);

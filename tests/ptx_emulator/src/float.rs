@@ -30,7 +30,8 @@ pub(crate) fn input<const FTZ: bool>(bits: u64) -> f32 {
 pub(crate) fn output<const FTZ: bool, const SAT: bool>(x: f32) -> u64 {
     if SAT {
         // NaN saturates to +0.
-        return u64::from(if x > 0.0 { x.min(1.0) } else { 0.0 }.to_bits());
+        let flushed = FTZ && x.is_subnormal();
+        return u64::from(if x > 0.0 && !flushed { x.min(1.0) } else { 0.0 }.to_bits());
     }
     if x.is_nan() {
         return 0x7fff_ffff;
@@ -91,6 +92,15 @@ fn div<const M: u8, const FTZ: bool, const SAT: bool>(s: &[&Lanes; 4], d: &mut L
         let (a, b) = (input::<FTZ>(s[0][i]), input::<FTZ>(s[1][i]));
         let quotient = if M == NEAREST { a / b } else { quotient(f64::from(a), f64::from(b), mode::<M>()) };
         d[i] = output::<FTZ, SAT>(quotient);
+    }
+}
+
+/// `div.approx` multiplies by a reciprocal, which is zero for divisors beyond 2^126.
+fn div_approx<const FTZ: bool>(s: &[&Lanes; 4], d: &mut Lanes, _: &mut Lanes) {
+    for i in 0..32 {
+        let (a, b) = (input::<FTZ>(s[0][i]), input::<FTZ>(s[1][i]));
+        let vanishes = b.abs() > f32::from_bits(0x7e80_0000);
+        d[i] = output::<FTZ, false>(if vanishes { a * 0f32.copysign(b) } else { a / b });
     }
 }
 
@@ -169,6 +179,16 @@ fn extreme<const MAX: bool, const NAN: bool, const FTZ: bool>(s: &[&Lanes; 4], d
     }
 }
 
+fn extreme_of_three<const MAX: bool, const NAN: bool, const FTZ: bool>(
+    s: &[&Lanes; 4],
+    d: &mut Lanes,
+    unused: &mut Lanes,
+) {
+    let mut first: Lanes = [0; 32];
+    extreme::<MAX, NAN, FTZ>(s, &mut first, unused);
+    extreme::<MAX, NAN, FTZ>(&[&first, s[2], s[2], s[2]], d, unused);
+}
+
 fn sign<const ABS: bool, const FTZ: bool>(s: &[&Lanes; 4], d: &mut Lanes, _: &mut Lanes) {
     for i in 0..32 {
         let x = input::<FTZ>(s[0][i]);
@@ -200,8 +220,8 @@ macro_rules! flags {
 }
 
 macro_rules! choose {
-    ($f:ident, $($fixed:literal),*; $flag:expr) => {
-        if $flag { $f::<$($fixed),*, true> } else { $f::<$($fixed),*, false> }
+    ($f:ident $(, $fixed:literal)*; $flag:expr) => {
+        if $flag { $f::<$($fixed,)* true> } else { $f::<$($fixed,)* false> }
     };
 }
 
@@ -222,6 +242,7 @@ pub(crate) fn kernel(name: &str, suffixes: &[&str], kind: Type) -> Option<Kernel
         "sub" => flags!(sub, mode, ftz, sat),
         "mul" => flags!(mul, mode, ftz, sat),
         "fma" | "mad" => flags!(fma, mode, ftz, sat),
+        "div" if has("approx") => choose!(div_approx; ftz),
         "div" => flags!(div, mode, ftz, false),
         "rcp" => flags!(rcp, mode, ftz, false),
         "sqrt" => flags!(sqrt, mode, ftz, false),
@@ -235,6 +256,10 @@ pub(crate) fn kernel(name: &str, suffixes: &[&str], kind: Type) -> Option<Kernel
         "max" if has("NaN") => choose!(extreme, true, true; ftz),
         "min" => choose!(extreme, false, false; ftz),
         "max" => choose!(extreme, true, false; ftz),
+        "min3" if has("NaN") => choose!(extreme_of_three, false, true; ftz),
+        "max3" if has("NaN") => choose!(extreme_of_three, true, true; ftz),
+        "min3" => choose!(extreme_of_three, false, false; ftz),
+        "max3" => choose!(extreme_of_three, true, false; ftz),
         "abs" => choose!(sign, true; ftz),
         "neg" => choose!(sign, false; ftz),
         "copysign" => copysign,

@@ -144,7 +144,7 @@ impl Buffer {
 #[derive(Debug, Default)]
 pub(crate) struct Memory {
     buffers: Vec<Buffer>,
-    /// Serialises atomics of 8 and 2 bytes, which no single word holds.
+    /// Serialises strong accesses of 8 bytes and atomics of 8 and 2, which no single word holds.
     pub(crate) wide_atomics: std::sync::Mutex<()>,
 }
 
@@ -160,6 +160,12 @@ impl Memory {
 
     pub(crate) fn by_name(&self, name: &str) -> Option<&Buffer> {
         self.buffers.iter().find(|buffer| buffer.name == name)
+    }
+
+    /// While this is held, 8 bytes are one piece to other blocks, as strong accesses must be.
+    #[inline]
+    pub(crate) fn whole(&self, wide: bool) -> Option<std::sync::MutexGuard<'_, ()>> {
+        wide.then(|| self.wide_atomics.lock().unwrap_or_else(std::sync::PoisonError::into_inner))
     }
 
     /// The buffer that holds the whole range. `hint` remembers the last one found.

@@ -95,6 +95,10 @@ pub(crate) fn kernel(name: &str, suffixes: &[&str], kind: Type) -> Option<Kernel
         "rem" => unsigned!(bytes; a, b => if b == 0 { a } else { a % b }),
         "abs" => signed!(bytes; a => a.wrapping_abs()),
         "neg" => signed!(bytes; a => a.wrapping_neg()),
+        "min" if kind == Type::S16x2 && has("relu") => lanewise!(u32, u32; a, b =>
+            pair(a, b, |x, y| (x as i16).min(y as i16).max(0) as u16)),
+        "max" if kind == Type::S16x2 && has("relu") => lanewise!(u32, u32; a, b =>
+            pair(a, b, |x, y| (x as i16).max(y as i16).max(0) as u16)),
         "min" if matches!(kind, Type::S16x2) => lanewise!(u32, u32; a, b =>
             pair(a, b, |x, y| (x as i16).min(y as i16) as u16)),
         "max" if matches!(kind, Type::S16x2) => lanewise!(u32, u32; a, b =>
@@ -153,6 +157,10 @@ pub(crate) fn kernel(name: &str, suffixes: &[&str], kind: Type) -> Option<Kernel
         "bmsk" => lanewise!(u32, u32; a, b => bit_mask(a, b)),
         "lop3" => lanewise!(u32, u32; a, b, c, table => lop3(a, b, c, table)),
         "prmt" => permute(suffixes)?,
+        "slct" if kind == Type::F32 && has("ftz") => lanewise!(u64, u64; a, b, c => {
+            let c = f32::from_bits(c as u32);
+            if c >= 0.0 || c.is_subnormal() { a } else { b }
+        }),
         "slct" if kind == Type::F32 => {
             lanewise!(u64, u64; a, b, c => if f32::from_bits(c as u32) >= 0.0 { a } else { b })
         }
@@ -162,7 +170,7 @@ pub(crate) fn kernel(name: &str, suffixes: &[&str], kind: Type) -> Option<Kernel
 }
 
 /// Suffixes that the instructions of this file know, beside the modes of prmt.
-const KNOWN: [&str; 10] = ["sat", "lo", "hi", "wide", "l", "r", "wrap", "clamp", "shiftamt", "relu"];
+const KNOWN: [&str; 11] = ["ftz", "sat", "lo", "hi", "wide", "l", "r", "wrap", "clamp", "shiftamt", "relu"];
 
 fn pair(a: u32, b: u32, f: impl Fn(u16, u16) -> u16) -> u32 {
     let low = f(a as u16, b as u16);

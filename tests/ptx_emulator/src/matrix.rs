@@ -1,6 +1,6 @@
 //! ldmatrix, stmatrix, movmatrix, mma.sync and wmma: fragments spread over the lanes of a warp.
 
-use crate::access::lanes_per_phase;
+use crate::access::{lanes_per_phase, need_written};
 use crate::accumulate::{dot, sums_are_exact};
 use crate::block::{Block, Launch, lanes, optional};
 use crate::convert::element;
@@ -161,21 +161,30 @@ impl Block {
             Op::Multiply(multiply) => self.multiply(launch, w, multiply),
             Op::LoadMatrix { address, offset, space, transpose, dst } => {
                 let rows = self.rows(launch, counters, w, pc, (*space, *address, *offset), dst.len())?;
+                let (mut whole, mut stray) = (u32::MAX, None);
+                for (lane, &offset) in rows.iter().enumerate() {
+                    let who = Who { warp: w, lane, pc };
+                    let result = self.shared.read(&self.order, who, offset, 16, false);
+                    if !result.map_err(|fault| fault.at(lane))? {
+                        whole &= !(1 << lane);
+                        stray.get_or_insert((pc, offset));
+                    }
+                }
+                self.warps[w].stray = stray.or(self.warps[w].stray);
                 for (matrix, &register) in dst.iter().enumerate() {
                     let mut out: Lanes = [0; 32];
+                    let mut defined = u32::MAX;
                     for lane in 0..32 {
                         for half in 0..2 {
                             let (row, column) = matrix_place(lane, half, *transpose);
                             let at = rows[8 * matrix + row] + 2 * column;
                             out[lane] |= self.shared.get(at, 2) << (16 * half);
+                            if whole >> (8 * matrix + row) & 1 == 0 {
+                                defined &= !(1 << lane);
+                            }
                         }
                     }
-                    self.warps[w].set(register, &out, active, u32::MAX);
-                }
-                let who = |lane| Who { warp: w, lane, pc };
-                for (lane, &offset) in rows.iter().enumerate() {
-                    let result = self.shared.read(&self.order, who(lane), offset, 16, false);
-                    result.map_err(|fault| fault.at(lane))?;
+                    self.warps[w].set(register, &out, active, defined);
                 }
                 Ok(())
             }
@@ -357,6 +366,8 @@ impl Block {
     ) -> Result<(), Fault> {
         let bytes = access.kind.bytes();
         let mut out = vec![[0u64; 32]; access.registers.len()];
+        let mut defined = vec![u32::MAX; access.registers.len()];
+        let mut stray = None;
         let mut hint = 0;
         let mut ranges = Vec::new();
         for (lane, register, part, address) in self.wmma_addresses(launch, w, access)? {
@@ -364,20 +375,15 @@ impl Block {
             let (space, address) = resolve(access.space, address);
             let value = if space == Space::Shared {
                 let offset = self.shared.locate(address, bytes).map_err(fail)?;
-                self.shared
-                    .read(&self.order, Who { warp: w, lane, pc }, offset, bytes, false)
-                    .map_err(fail)?;
+                let who = Who { warp: w, lane, pc };
+                if !self.shared.read(&self.order, who, offset, bytes, false).map_err(fail)? {
+                    defined[register] &= !(1 << lane);
+                    stray.get_or_insert((pc, offset));
+                }
                 self.shared.get(offset, bytes)
             } else {
                 let buffer = launch.memory.find(address, bytes, false, &mut hint).map_err(fail)?;
-                if !buffer.is_defined(address, bytes) {
-                    let text = format!(
-                        "read of `{}` + {}, which nothing has written",
-                        buffer.name,
-                        address - buffer.base
-                    );
-                    return Err(Fault::new(Complaint::Uninitialised, lane as u32, text));
-                }
+                need_written(buffer, address, bytes).map_err(fail)?;
                 buffer.touch(address, bytes, false);
                 count.bytes_read += bytes as u64;
                 ranges.push(address);
@@ -386,8 +392,9 @@ impl Block {
             out[register][lane] |= value << (8 * bytes * part);
         }
         count.opaque_access(ranges);
-        for (&register, values) in access.registers.iter().zip(&out) {
-            self.warps[w].set(register, values, u32::MAX, u32::MAX);
+        self.warps[w].stray = stray.or(self.warps[w].stray);
+        for ((&register, values), &defined) in access.registers.iter().zip(&out).zip(&defined) {
+            self.warps[w].set(register, values, u32::MAX, defined);
         }
         Ok(())
     }

@@ -10,6 +10,8 @@ const WRITTEN: u8 = 1;
 const ATOMIC: u8 = 2;
 const IN_FLIGHT: u8 = 4;
 const COMMITTED: u8 = 8;
+/// What was written depends on something never written.
+const HOLLOW: u8 = 16;
 
 #[derive(Clone, Copy, Debug, Default)]
 struct Writer {
@@ -107,7 +109,7 @@ impl Shared {
         offset >> self.shift..(offset + bytes - 1 >> self.shift) + 1
     }
 
-    /// Checks and records a read.
+    /// Checks and records a read; returns whether all its bytes hold a value.
     #[inline]
     pub(crate) fn read(
         &mut self,
@@ -116,20 +118,17 @@ impl Shared {
         offset: usize,
         bytes: usize,
         strong: bool,
-    ) -> Result<(), Fault> {
+    ) -> Result<bool, Fault> {
         let generation = order.generation(who.warp);
+        let mut defined = true;
         for granule in self.granules(offset, bytes) {
             let writer = self.writers[granule];
             if writer.flags & IN_FLIGHT != 0 {
                 return Err(self.in_flight("read", granule, writer));
             }
-            if writer.flags & WRITTEN == 0 {
-                let text =
-                    format!("read of shared offset {}, which nothing has written", granule << self.shift);
-                return Err(Fault::new(Complaint::Uninitialised, 0, text));
-            }
+            defined &= writer.flags & (WRITTEN | HOLLOW) == WRITTEN;
             let writer_thread = usize::from(writer.thread);
-            let exempt = !self.races || strong && writer.flags & ATOMIC != 0;
+            let exempt = !self.races || writer.flags & WRITTEN == 0 || strong && writer.flags & ATOMIC != 0;
             if !exempt && !order.before(who.warp, who.lane, writer_thread, writer.generation) {
                 return Err(self.race("read", granule, writer_thread, writer.pc, "wrote it"));
             }
@@ -143,10 +142,11 @@ impl Shared {
                 reader.pc = who.pc;
             }
         }
-        Ok(())
+        Ok(defined)
     }
 
-    /// Checks and records a write of `value`. Two unordered writes of the same bits are no conflict.
+    /// Checks and records a write of `value`. Two unordered writes of the same bits are no conflict. The bytes
+    /// count as written; `hollow` says otherwise afterwards.
     #[inline]
     pub(crate) fn write(
         &mut self,
@@ -195,6 +195,13 @@ impl Shared {
             self.writers[granule] = Writer { generation, pc: who.pc, thread: who.thread() as u16, flags };
         }
         Ok(())
+    }
+
+    /// What was just written is a value that depends on something never written.
+    pub(crate) fn hollow(&mut self, offset: usize, bytes: usize) {
+        for granule in self.granules(offset, bytes) {
+            self.writers[granule].flags |= HOLLOW;
+        }
     }
 
     /// A `cp.async` owns the range from now on; `write` has been checked before.

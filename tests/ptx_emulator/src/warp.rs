@@ -42,6 +42,8 @@ pub(crate) struct Warp {
     local: Vec<u8>,
     local_defined: Vec<bool>,
     local_bytes: usize,
+    /// The last instruction that read shared memory without a value, and the first such offset it read.
+    pub(crate) stray: Option<(u32, usize)>,
     /// Buffer found last by each kind of access.
     pub(crate) hint: usize,
 }
@@ -61,6 +63,7 @@ impl Warp {
         self.clock = 0;
         self.current = 0;
         self.streak = 0;
+        self.stray = None;
         self.local_bytes = program.local_bytes - LOCAL_BASE as usize;
         self.local.clear();
         self.local.resize(self.local_bytes * 32, 0);
@@ -93,12 +96,13 @@ impl Warp {
         *bits = *bits & !mask | defined & mask;
     }
 
-    /// Writes one lane.
+    /// Writes one lane; `defined` says whether it now holds a value.
     #[inline]
-    pub(crate) fn set_lane(&mut self, slot: Slot, lane: usize, value: u64) {
+    pub(crate) fn set_lane(&mut self, slot: Slot, lane: usize, value: u64, defined: bool) {
         if slot != NONE {
             self.registers[slot as usize][lane] = value;
-            self.defined[slot as usize] |= 1 << lane;
+            let bits = &mut self.defined[slot as usize];
+            *bits = *bits & !(1 << lane) | u32::from(defined) << lane;
         }
     }
 
@@ -110,7 +114,11 @@ impl Warp {
             return Ok(());
         }
         let name = &program.slot_names[slot as usize];
-        let text = format!("{what} comes from register `{name}`, which depends on something never written");
+        let source = self.stray.map_or_else(String::new, |(pc, offset)| {
+            format!("; the warp last read such bytes at shared offset {offset}, {}", program.place(pc))
+        });
+        let text =
+            format!("{what} comes from register `{name}`, which depends on something never written{source}");
         Err(Fault::new(Complaint::Uninitialised, missing.trailing_zeros(), text))
     }
 

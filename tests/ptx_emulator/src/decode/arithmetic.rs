@@ -5,7 +5,7 @@ use super::{Decoder, Frame, Opcode};
 use crate::compare::{Combine, comparison};
 use crate::convert::{Convert, dot_product, fast};
 use crate::lanes::{Kernel, lanewise};
-use crate::program::{Class, NONE, Op, Slot};
+use crate::program::{Class, NONE, Op};
 use crate::refusal::Refusal;
 use crate::rounding::Rounding;
 use crate::syntax::{Instruction, Operand};
@@ -13,6 +13,18 @@ use crate::types::Type;
 use crate::{carry, float, half, integer};
 
 type Decoded = (Op, Class);
+
+/// How many sources the instructions of this file take.
+fn arity(name: &str) -> std::ops::RangeInclusive<usize> {
+    match name {
+        "abs" | "neg" | "not" | "cnot" | "clz" | "popc" | "brev" | "bfind" | "testp" => 1..=1,
+        "rcp" | "sqrt" | "rsqrt" | "sin" | "cos" | "lg2" | "ex2" | "tanh" => 1..=1,
+        "mad" | "mad24" | "madc" | "sad" | "fma" | "shf" | "bfe" | "prmt" | "dp4a" | "dp2a" | "slct" => 3..=3,
+        "lop3" | "bfi" => 4..=4,
+        "min" | "max" => 2..=3,
+        _ => 2..=2,
+    }
+}
 
 impl Decoder<'_> {
     pub(super) fn arithmetic(
@@ -62,9 +74,14 @@ impl Decoder<'_> {
         }
         let special =
             matches!(opcode.name, "rcp" | "sqrt" | "rsqrt" | "sin" | "cos" | "lg2" | "ex2" | "tanh");
+        // sm_100 has minima and maxima of three.
+        let name = match (opcode.name, operands.len()) {
+            ("min", 4) => "min3",
+            ("max", 4) => "max3",
+            (name, _) => name,
+        };
         let (kernel, class) = if kind.is_float() {
-            let found = half::kernel(opcode.name, &suffixes, kind)
-                .or_else(|| float::kernel(opcode.name, &suffixes, kind));
+            let found = half::kernel(name, &suffixes, kind).or_else(|| float::kernel(name, &suffixes, kind));
             let class = match kind {
                 _ if special => Class::SpecialFunction,
                 Type::F32 => Class::Float32,
@@ -72,12 +89,12 @@ impl Decoder<'_> {
                 _ => Class::Half,
             };
             // slct is typed by the number it looks at, but moves bits.
-            let found = if opcode.name == "slct" { integer::kernel("slct", &[], kind) } else { found };
+            let found = if name == "slct" { integer::kernel(name, &suffixes, kind) } else { found };
             (found, class)
         } else {
             let logic = ["and", "or", "xor", "not", "shl", "shr", "shf", "lop3", "prmt", "bfe", "bfi"];
             let class = if logic.contains(&opcode.name) { Class::Logic } else { Class::Integer };
-            (integer::kernel(opcode.name, &suffixes, kind), class)
+            (integer::kernel(name, &suffixes, kind), class)
         };
         let Some(kernel) = kernel else { return opcode.unknown("") };
         self.lanewise(frame, operands, opcode, kernel, kind, class)
@@ -98,7 +115,8 @@ impl Decoder<'_> {
         }
         let mut src = [0; 4];
         let sources = &operands[1..];
-        if sources.is_empty() || sources.len() > 4 {
+        // Another number of operands is another instruction, which the kernel would quietly cut short.
+        if !arity(opcode.name).contains(&sources.len()) {
             return opcode.unknown(" with this number of operands");
         }
         for (i, operand) in sources.iter().enumerate() {
@@ -118,6 +136,9 @@ impl Decoder<'_> {
 
     fn mov(&mut self, frame: &Frame, operands: &[Operand], opcode: &Opcode) -> Result<Decoded, Refusal> {
         let kind = opcode.kind().unwrap_or(Type::B32);
+        if kind == Type::B128 {
+            return opcode.unknown("");
+        }
         match (&operands[0], &operands[1]) {
             (Operand::Vector(parts), source) if parts.len() > 1 => {
                 let parts = destination_list(frame, &operands[0], opcode)?;
@@ -194,16 +215,13 @@ impl Decoder<'_> {
         } else {
             NONE
         };
-        if let Some(kernel) = fast(&convert) {
+        let wide = if dst == NONE { to.bits() } else { self.slot_kinds[dst as usize].bits() };
+        if let Some(kernel) = fast(&convert).filter(|_| !to.is_signed() || wide <= to.bits()) {
             let src = [a, if b == NONE { a } else { b }, a, a];
-            return Ok((
-                self.widened(Op::Lanewise { kernel, dst, dst2: NONE, src }, dst, to),
-                Class::Convert,
-            ));
+            return Ok((Op::Lanewise { kernel, dst, dst2: NONE, src }, Class::Convert));
         }
         // A narrow signed result is kept sign-extended to the width of its register.
-        if to.is_signed() && dst != NONE {
-            let wide = self.slot_kinds[dst as usize].bits();
+        if to.is_signed() {
             if wide > to.bits() && from.is_float() && to.bits() < 32 {
                 return opcode.unknown(" into a wider register");
             }
@@ -219,13 +237,6 @@ impl Decoder<'_> {
             }
         }
         Ok((Op::Convert { convert, dst, a, b }, Class::Convert))
-    }
-
-    /// Fast conversions to s64 from s32 and the like already fill the register; others leave it
-    /// zero-extended, which is right for unsigned types and for registers of the type's own width.
-    fn widened(&self, op: Op, dst: Slot, to: Type) -> Op {
-        debug_assert!(dst == NONE || !to.is_signed() || self.slot_kinds[dst as usize].bits() >= to.bits());
-        op
     }
 
     fn compare(&mut self, frame: &Frame, operands: &[Operand], opcode: &Opcode) -> Result<Decoded, Refusal> {
