@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import qlora_rs
 from qlora_rs import NF4Linear, QloraError, QLoRALinear
-from qlora_rs.merging import distill, evaluate, statistics
+from qlora_rs.merging import distill, evaluate, importance, statistics
 from qlora_rs.merging.adapted import find_adapted
 from qlora_rs.merging.report import MergeReport, plot_layers, report_table
 
@@ -349,3 +349,39 @@ def test_the_report_is_json_a_table_and_a_picture(tmp_path: Path) -> None:
     plot_layers(report, tmp_path / "merge.svg")
     assert (tmp_path / "merge.svg").read_text().count("<path") > 20
     assert report_table(MergeReport("nearest"))
+
+
+def test_what_is_summed_apart_adds_up_to_the_second_moment() -> None:
+    torch.manual_seed(5)
+    rows = torch.randn(200, 32)
+    rows[3] *= 400.0
+    cut, rest = (part.t() @ part for part in statistics.beyond(rows))
+    wanted = rows.t() @ rows
+    torch.testing.assert_close(cut + rest, wanted, rtol=1e-4, atol=1.0)
+    assert cut.trace() < 0.02 * wanted.trace()
+
+
+def test_a_batch_that_weighs_tokens_counts_them_once() -> None:
+    model = tiny_llama.with_adapter()
+    batches = statistics.as_batches(text(7))
+    layers = find_adapted(model)
+    run = forward(model)
+    found = []
+    for weigh in (None, importance.weighing(model)):
+        with torch.no_grad():
+            groups = statistics.group_by_input(model, layers, batches[0], run)
+            list(statistics.collect(model, groups, batches, run, 1 << 30, weigh=weigh))
+        found.append(groups)
+    for plain, weighed in zip(*found, strict=True):
+        assert plain.tokens == weighed.tokens > 0
+        assert plain.weighted is None
+        assert weighed.weighted is not None
+        torch.testing.assert_close(weighed.mean(), plain.mean(), rtol=1e-3, atol=1e-4)
+
+
+def test_indices_are_drawn_as_often_as_their_probability() -> None:
+    probabilities = torch.tensor([0.1, 0.0, 0.6, 0.3]).repeat(20000, 1)
+    drawn = importance._draw(probabilities, torch.Generator().manual_seed(1))
+    shares = drawn.flatten().bincount(minlength=4) / 20000
+    assert shares[1] == 0.0
+    torch.testing.assert_close(shares, probabilities[0], rtol=0.0, atol=0.02)

@@ -3,8 +3,8 @@
 The loss of answers to a small error d of a layer's output at one token is, to second order,
 ½ dᵀ F d with F = E[g gᵀ], g the gradient of log p(y) at that output, y drawn from the model's own
 prediction (the Fisher information). Of F only its trace is kept, one weight per token: an error
-counts where the model is sensitive. Mixed into H (share `SHARE`), it lowers the merged model's KL
-by about a fifth, and costs a hundredth in the plain output error (benches/record: merge).
+counts where the model is sensitive. Mixed into H by the share `SHARE`, it lowers the merged model's
+KL and costs plain output error; a larger share does more of both.
 """
 
 from __future__ import annotations
@@ -16,40 +16,51 @@ import torch
 from torch import Tensor, nn
 
 from qlora_rs.merging.evaluate import logits_of, scored
+from qlora_rs.merging.solve import shrink
 from qlora_rs.merging.statistics import Batch, Gram, Moment, hooks_on
 
-SHARE = 0.25
+SHARE = 0.125
 # One batch of so many is enough for weights, which need a backward pass.
 EVERY = 6
 
 
-def weigh(model: nn.Module, portion: list[Moment], batches: list[Batch]) -> None:
-    """Give each group of layers its weighted H, from some of the batches.
+def weighing(model: nn.Module) -> Callable[[list[Moment], int, Batch], bool]:
+    """For `collect`: every `EVERY`-th batch gives its plain and its weighted H in one pass.
 
     Memory: the activations of one batch, as for a training step, and one more H per group.
     """
-    frozen = [p for p in model.parameters() if p.requires_grad]
-    for parameter in frozen:
-        parameter.requires_grad_(False)
-    generator = torch.Generator().manual_seed(0)
-    try:
-        for batch in batches[::EVERY]:
-            with torch.enable_grad():
-                _pass(model, portion, batch, generator)
-    finally:
+
+    def weigh(portion: list[Moment], place: int, batch: Batch) -> bool:
+        if place % EVERY or not scored(batch)[0].any():
+            return False
+        frozen = [p for p in model.parameters() if p.requires_grad]
         for parameter in frozen:
-            parameter.requires_grad_(True)
+            parameter.requires_grad_(False)
+        try:
+            # Seeded by the batch's place: the draws of a budget that reads the text twice agree.
+            with torch.enable_grad():
+                _pass(model, portion, batch, torch.Generator().manual_seed(place))
+        finally:
+            for parameter in frozen:
+                parameter.requires_grad_(True)
+        return True
+
+    return weigh
 
 
 def mixed(group: Moment) -> Tensor:
-    """H of a group, with its weighted form mixed in where there is one; traces are kept."""
-    plain = group.mean()
+    """H of a group for the solver: shrunk, then what a few tokens have beyond the rest, then the
+    weighted form mixed in where there is one; traces are kept."""
+    plain = shrink(group.mean(), group.tokens)
+    if group.excess is not None:
+        plain.add_(group.excess.sum(), alpha=1.0 / group.tokens)
     if group.weighted is None:
         return plain
     weighted = group.weighted.sum()
     trace, own = float(plain.trace()), float(weighted.trace())
     if not (0.0 < own < float("inf")) or not torch.isfinite(weighted).all():
         return plain
+    weighted = shrink(weighted, group.tokens)
     return plain.mul_(1.0 - SHARE).add_(weighted, alpha=SHARE * trace / own)
 
 
@@ -57,14 +68,15 @@ def _pass(
     model: nn.Module, portion: list[Moment], batch: Batch, generator: torch.Generator
 ) -> None:
     mask, _ = scored(batch)
-    if not mask.any():
-        return
+    kept = batch["attention_mask"].bool() if "attention_mask" in batch else None
     inputs: dict[int, Tensor] = {}
     weights: dict[int, Tensor] = {}
 
     def look(place: int) -> Callable[..., None]:
         def after(module: nn.Module, arguments: tuple, output: Tensor) -> None:
-            inputs[place] = arguments[0].detach()
+            if place not in inputs:
+                inputs[place] = arguments[0].detach()
+                portion[place].add(inputs[place], kept)
             if output.requires_grad:
                 output.register_hook(lambda grad: count(place, grad))
 
@@ -88,7 +100,7 @@ def _pass(
             return
         with torch.no_grad():
             gradient = logits.detach().float().softmax(-1)
-            drawn = torch.multinomial(gradient, 1, generator=generator)
+            drawn = _draw(gradient, generator)
             gradient.scatter_add_(1, drawn, torch.full_like(drawn, -1.0, dtype=torch.float32))
         logits.backward(gradient.to(logits.dtype))
     for place, weight in weights.items():
@@ -97,3 +109,12 @@ def _pass(
             group.weighted = Gram(group.columns)
         rows = x.reshape(-1, x.shape[-1]).float() * weight.reshape(-1, 1).sqrt()
         group.weighted.add(rows)
+
+
+def _draw(probabilities: Tensor, generator: torch.Generator) -> Tensor:
+    """One index [rows, 1] of each row of [rows, n], by inverting the distribution: a single random
+    number per row, where `torch.multinomial` takes one per entry."""
+    reached = probabilities.cumsum(-1)
+    uniform = torch.rand(reached.shape[0], 1, generator=generator)
+    drawn = torch.searchsorted(reached, uniform * reached[:, -1:], right=True)
+    return drawn.clamp_(max=reached.shape[1] - 1)

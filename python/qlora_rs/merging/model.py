@@ -198,6 +198,8 @@ class _Job:
 
     def _calibrate(self, batches: list[Batch], hybrid_rank: int) -> None:
         groups = [group for group in self._groups(batches[0]) if not self._restore(group)]
+        for group in groups:
+            group.parted = True
         done = len(self.merged)
         stage = "statistics"
         portions = collect(
@@ -207,19 +209,20 @@ class _Job:
             self._forward,
             self.budget,
             lambda done, total: self.progress(stage, done, total),
+            importance.weighing(self.model),
         )
         for portion in portions:
-            self.progress("weigh tokens", 0, 1)
-            importance.weigh(self.model, portion, batches)
-            held = sum(2 * 4 * group.columns**2 for group in portion)
+            held = sum(group.nbytes for group in portion)
             for group in portion:
+                own = group.nbytes
                 second_moment = importance.mixed(group)
+                anneal = solve.anneal_sweeps(group.tokens, group.columns)
                 curvature = None
                 size = group.layers[0].packed.block_size
                 if group.columns % size == 0:
                     curvature = solve.Curvature.of(second_moment, size)
                 for layer in group.layers:
-                    self._solve(layer, second_moment, curvature, hybrid_rank)
+                    self._solve(layer, second_moment, curvature, hybrid_rank, anneal)
                     done += 1
                     self.progress("solve", done, len(self.layers))
                     self._keep(layer.name)
@@ -228,8 +231,8 @@ class _Job:
                 # delta, lanes of the strips.
                 working = 4 * (group.columns**2 * 5) + 4 * 5 * largest
                 self.report.extra_bytes = max(self.report.extra_bytes, held + working)
-                group.total = group.weighted = None
-                held -= 2 * 4 * group.columns**2
+                group.total = group.weighted = group.excess = None
+                held -= own
 
     def _restore(self, group: Moment) -> bool:
         """Take all layers of a group from the store, if it has them."""
@@ -266,6 +269,7 @@ class _Job:
         second_moment: Tensor | None,
         curvature: solve.Curvature | None,
         hybrid_rank: int,
+        anneal: int = solve.ANNEAL,
     ) -> None:
         wanted = layer.target()
         if not torch.isfinite(wanted).all():
@@ -282,7 +286,7 @@ class _Job:
         self.nearest[layer.name] = self.merged[layer.name] = nearest
         fallback = solve.why_nearest_only(layer.packed)
         if curvature is not None and fallback is None:
-            self.merged[layer.name] = solve.calibrate(wanted, nearest, curvature)
+            self.merged[layer.name] = solve.calibrate(wanted, nearest, curvature, anneal=anneal)
         elif second_moment is not None and fallback is not None:
             self.fallbacks[layer.name] = fallback
 

@@ -25,6 +25,8 @@ SWEEPS = 8
 TOLERANCE = 1e-3
 ROUNDS = 0
 ANNEAL = 20
+FEWEST_SWEEPS, MOST_SWEEPS = 10, 28  # of annealing, where the number of tokens is known
+SHRINKAGE, MOST_SHRINKAGE = 2.0, 0.5
 
 
 @dataclass(frozen=True)
@@ -186,6 +188,30 @@ class Curvature:
     def nbytes(self) -> int:
         """Bytes it holds."""
         return self.order.nbytes + self.hessian.nbytes + self.factor.nbytes
+
+
+def shrink(second_moment: Tensor, tokens: int) -> Tensor:
+    """H estimated from `tokens` rows, drawn towards its diagonal, in place.
+
+    Of n rows, sample correlations of K inputs carry K / n of noise, to which a solver that may
+    choose every code would fit its errors. Drawing the off-diagonal towards zero by twice that
+    share (at most by half) is a shrinkage estimator in the manner of Ledoit and Wolf (2004): more
+    error on the calibration text, less on other text, the more so the wider the layer.
+
+    >>> shrink(torch.tensor([[2.0, 1.0], [1.0, 2.0]]), tokens=40)
+    tensor([[2.0000, 0.9000],
+            [0.9000, 2.0000]])
+    """
+    columns = second_moment.shape[0]
+    share = min(MOST_SHRINKAGE, SHRINKAGE * columns / max(tokens, 1))
+    diagonal = second_moment.diagonal().clone()
+    second_moment.mul_(1.0 - share).diagonal().copy_(diagonal)
+    return second_moment
+
+
+def anneal_sweeps(tokens: int, columns: int) -> int:
+    """As many sweeps as there are tokens per input: what is known of H pays for no more."""
+    return min(max(tokens // columns, FEWEST_SWEEPS), MOST_SWEEPS)
 
 
 def calibrate(

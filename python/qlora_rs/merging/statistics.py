@@ -22,6 +22,9 @@ from qlora_rs.merging.solve import add_moment, full_moment
 Batch = dict[str, Tensor]
 # Rows of each input that wait to be summed.
 WAITING = 256
+# Some layers see a few tokens (often the first) whose square is 10⁵ times the others'. What is
+# longer than so many of its batch's median tokens is summed apart: it is no noise.
+LARGEST = 100.0
 
 
 class _Enough(Exception):
@@ -60,7 +63,8 @@ class Moment:
     """H of one input and the layers that have it.
 
     total: Σ xᵀx so far. reached: whether the first batch came here. seen: the
-    tensor that the pass in progress brought. weighted: see `importance.py`.
+    tensor that the pass in progress brought. weighted: see `importance.py`. parted: whether what
+    a few tokens have `beyond` the rest is summed apart, in excess (to calibrate), or not.
     """
 
     layers: list[AdaptedLayer]
@@ -69,11 +73,19 @@ class Moment:
     reached: bool = True
     seen: Tensor | None = field(default=None, repr=False)
     weighted: Gram | None = field(default=None, repr=False)
+    parted: bool = False
+    excess: Gram | None = field(default=None, repr=False)
 
     @property
     def columns(self) -> int:
         """Width of the input."""
         return self.layers[0].packed.shape[1]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of what is summed."""
+        sums = (self.total, self.weighted, self.excess)
+        return sum(gram.total.nbytes for gram in sums if gram is not None)
 
     def add(self, x: Tensor, mask: Tensor | None) -> None:
         """Count the rows of x [..., in], but for those that mask [...] leaves out."""
@@ -82,8 +94,13 @@ class Moment:
         rows = x.detach().reshape(-1, x.shape[-1])
         if self.total is None:
             self.total = Gram(self.columns)
-        self.total.add(rows)
         self.tokens += rows.shape[0]
+        if self.parted and rows.shape[0]:
+            rows, rest = beyond(rows)
+            if rest.shape[0]:
+                self.excess = self.excess or Gram(self.columns)
+                self.excess.add(rest)
+        self.total.add(rows)
 
     def mean(self) -> Tensor:
         """H. Raises QloraError when it is not finite or no row was counted."""
@@ -100,6 +117,28 @@ class Moment:
                 "overflows there (try float32 or bfloat16 activations)"
             )
         return mean
+
+
+def beyond(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """(rows [n, in] cut down to √`LARGEST` times the median length, what was cut off).
+
+    For each row the two sum to it in the second moment: xᵀx = aᵀa + bᵀb. Rows of which nothing is
+    cut off are absent from the second.
+
+    >>> beyond(torch.tensor([[1.0, 0.0], [0.0, 2.0], [0.0, 50.0]]))
+    (tensor([[ 1.,  0.],
+            [ 0.,  2.],
+            [ 0., 20.]]), tensor([[ 0.0000, 45.8258]]))
+    """
+    squares = rows.float().square().sum(-1)
+    limit = LARGEST * squares.median()
+    over = squares > limit
+    if not (limit > 0.0 and over.any()):
+        return rows, rows[:0]
+    long, kept = rows[over].float(), (limit / squares[over])[:, None]
+    cut = rows.clone()
+    cut[over] = (long * kept.sqrt()).to(rows.dtype)
+    return cut, long * (1.0 - kept).sqrt()
 
 
 def as_batches(calibration: Iterable[Any], device: torch.device | None = None) -> list[Batch]:
@@ -167,25 +206,28 @@ def collect(
     run: Callable[[Batch], Any],
     budget: int,
     progress: Callable[[int, int], None] | None = None,
+    weigh: Callable[[list[Moment], int, Batch], bool] | None = None,
 ) -> Iterator[list[Moment]]:
     """Yield groups with their H, as many at a time as `budget` bytes hold (at least one).
 
     The consumer may drop each group's `total` when it is done with it. run: computes the model on
     a batch. progress: called as (done, total) in batches over all passes.
+    weigh: called as (groups, place, batch); where it returns True it has counted the batch itself.
     """
     if not groups:
         return
     portions: list[list[Moment]] = [[]]
     for group in groups:
-        # Each H may have a weighted one beside it.
-        used = sum(8 * other.columns**2 for other in portions[-1])
-        if portions[-1] and used + 8 * group.columns**2 > budget:
+        # Each H may have a weighted one and an excess beside it.
+        used = sum(12 * other.columns**2 for other in portions[-1])
+        if portions[-1] and used + 12 * group.columns**2 > budget:
             portions.append([])
         portions[-1].append(group)
     done, total = 0, len(portions) * len(batches)
     for portion in portions:
-        for batch in batches:
-            _pass(portion, batch, run)
+        for place, batch in enumerate(batches):
+            if weigh is None or not weigh(portion, place, batch):
+                _pass(portion, batch, run)
             done += 1
             if progress is not None:
                 progress(done, total)
