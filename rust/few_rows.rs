@@ -221,13 +221,12 @@ fn strip_fused(
     let mut absmax = Scratch::of::<f32>(count + ABSMAX_PADDING);
     let absmax = &mut absmax.values_mut()[..count + ABSMAX_PADDING];
     absmax[count..].fill(0.0);
-    if padding == 0 {
-        // All rows at once: what a decoder sets up serves them all.
-        matrix.decode_absmax(kernels, first * blocks, &mut absmax[..count]);
-    } else {
-        for (i, absmax) in absmax[..count].chunks_exact_mut(absmax_stride).enumerate() {
-            absmax[blocks..].fill(0.0);
-            matrix.decode_absmax(kernels, (first + i) * blocks, &mut absmax[..blocks]);
+    // All rows at once: what a decoder sets up serves them all. Then apart, the last row first.
+    matrix.decode_absmax(kernels, first * blocks, &mut absmax[..height * blocks]);
+    if padding > 0 {
+        for i in (0..height).rev() {
+            absmax.copy_within(i * blocks..(i + 1) * blocks, i * absmax_stride);
+            absmax[i * absmax_stride + blocks..(i + 1) * absmax_stride].fill(0.0);
         }
     }
     let codes = &matrix.codes()[first * columns / 2..(first + height) * columns / 2];

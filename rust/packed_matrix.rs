@@ -185,20 +185,22 @@ impl<'a> PackedMatrix<'a> {
         if piece == self.block_size {
             return self.decode_absmax(kernels, first / piece, out);
         }
-        // Blocks are decoded some at a time and then repeated for each of their pieces.
-        let mut blocks = [0.0; 64];
-        let mut at = first;
+        // Blocks are decoded some at a time and then repeated for each of their pieces. Sizes are powers
+        // of two: shifts, where divisions would cost more than the decoding.
+        let shift = self.block_size.trailing_zeros() - piece.trailing_zeros();
+        let mut blocks = [0.0; 256];
+        let mut next = first / piece;
         let mut out = out;
         while !out.is_empty() {
-            let block = at / self.block_size;
-            let count = out.len().min(((block + blocks.len()) * self.block_size - at) / piece);
-            let last = (at + count * piece - 1) / self.block_size;
+            let block = next >> shift;
+            let count = out.len().min(((block + blocks.len()) << shift) - next);
+            let last = (next + count - 1) >> shift;
             self.decode_absmax(kernels, block, &mut blocks[..=last - block]);
             let (head, rest) = out.split_at_mut(count);
             for (i, out) in head.iter_mut().enumerate() {
-                *out = blocks[(at + i * piece) / self.block_size - block];
+                *out = blocks[((next + i) >> shift) - block];
             }
-            at += count * piece;
+            next += count;
             out = rest;
         }
     }

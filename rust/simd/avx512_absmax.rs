@@ -45,6 +45,10 @@ fn gather_group(codes: &[u8], absmax: f32, nested: &NestedScales<'_>, out: &mut 
 /// The same by permutes.
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi")]
 pub(super) fn permute(nested: &NestedScales<'_>, first: usize, out: &mut [f32]) {
+    // Tables for fewer would cost more than they save.
+    if out.len() <= 64 {
+        return gather(nested, first, out);
+    }
     let planes = Planes::new(nested.map);
     let offset = _mm512_set1_ps(nested.offset);
     nested.for_each_group(first, out, |codes, absmax, out| {

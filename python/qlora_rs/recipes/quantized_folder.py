@@ -121,20 +121,25 @@ def _state(model: Any) -> dict[str, torch.Tensor]:
 def load_quantized_folder(path: str | Path, dtype: str = "bfloat16") -> BaseModel:
     """Load a folder of NF4 weights that we or bitsandbytes wrote, without bitsandbytes.
 
-    dtype: of everything that is not packed. Raises QloraError when something is missing, damaged
+    dtype: of everything that is not packed. Memory: the folder's tensors, and as much again of the
+    system's file cache while they are read; the dense model never exists. Raises QloraError when something is missing, damaged
     or of another kind; nothing is unpickled or downloaded.
     """
     path = Path(path).expanduser()
     transformers = import_transformers()
+    import accelerate
+
     tensors = _read_tensors(path)
     try:
         with quiet_libraries():
             config = transformers.AutoConfig.from_pretrained(path, local_files_only=True)
             if hasattr(config, "quantization_config"):
                 del config.quantization_config
-            model = transformers.AutoModelForCausalLM.from_config(
-                config, dtype=getattr(torch, dtype), trust_remote_code=False
-            )
+            # Parameters without memory: those of the packed layers would be the dense model.
+            with accelerate.init_empty_weights(include_buffers=False):
+                model = transformers.AutoModelForCausalLM.from_config(
+                    config, dtype=getattr(torch, dtype), trust_remote_code=False
+                )
             tokenizer = transformers.AutoTokenizer.from_pretrained(path, local_files_only=True)
     except Exception as error:  # transformers raises OSError, ValueError, KeyError...
         reason = str(error).strip().split("\n")[0] or type(error).__name__
@@ -154,7 +159,9 @@ def _read_tensors(path: Path) -> dict[str, torch.Tensor]:
     tensors: dict[str, torch.Tensor] = {}
     for file in files:
         try:
-            tensors |= safetensors.torch.load(file.read_bytes())
+            with safetensors.safe_open(file, framework="pt") as held:
+                # Copies: a model must not change or end with the file it came from.
+                tensors |= {name: held.get_tensor(name).clone() for name in held.keys()}  # noqa: SIM118
         except (OSError, ValueError, safetensors.SafetensorError) as error:
             raise QloraError(f"{file} cannot be read: {error}") from error
     return tensors
@@ -183,7 +190,11 @@ def _fill(model: Any, tensors: dict[str, torch.Tensor], path: Path) -> None:
             del tensors[entry]
         bias = tensors.pop(f"{name}.bias", None)
         replace_module(model, name, NF4Linear(packed, bias))
-    missing, unexpected = model.load_state_dict(tensors, strict=False)
+    dtypes = {name: parameter.dtype for name, parameter in model.named_parameters()}
+    tensors = {
+        name: tensor.to(dtypes.get(name, tensor.dtype)) for name, tensor in tensors.items()
+    }
+    missing, unexpected = model.load_state_dict(tensors, strict=False, assign=True)
     tied = set(getattr(model, "_tied_weights_keys", None) or ())
     own = {
         f"{n}.{leaf}"
