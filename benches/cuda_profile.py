@@ -11,28 +11,108 @@ is a time. Bytes are compared with those of each weight, code and statistic move
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 
 import qlora_rs
-from qlora_rs import cpu, gpu, nvrtc
+from qlora_rs import cpu, gpu, kernels, nvrtc
 
 TESTS = Path(__file__).parent.parent / "tests"
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+SECTOR = 32
+LINES = 20
 
 
-def needed_bytes(kernel: str, count: int, dtype: torch.dtype, block_size: int) -> int:
-    """Bytes that a kernel must read and write, with double quantization."""
+def needed_bytes(kernel: str, count: int, dtype: torch.dtype, block_size: int) -> dict[str, int]:
+    """Bytes that a kernel must read and write, by parameter, with double quantization."""
     blocks = -(-count // block_size)
-    nested = blocks + -(-blocks // 256) * 4 + 4
-    dense = count * dtype.itemsize
+    nested = {"nested_absmax": -(-blocks // 256) * 4, "nested_offset": 4}
+    dense, codes = count * dtype.itemsize, (count + 1) // 2
     return {
-        "quantize_nf4": dense + count // 2 + blocks * 4,
-        "double_quantize": blocks * 4 + nested,
-        "dequantize_nf4": count // 2 + nested + 1024 + dense,
-    }[kernel]
+        "quantize_nf4": {"weights": dense, "codes": codes, "absmax": blocks * 4},
+        "double_quantize": {"absmax": blocks * 4, "codes": blocks, **nested},
+        "dequantize_nf4": {
+            "codes": codes, "absmax": blocks, **nested, "nested_map": 1024, "out": dense,
+        },
+    }[kernel]  # fmt: skip
+
+
+def parameters(kernel: str) -> list[str]:
+    """The names of a kernel's parameters, as its source has them.
+
+    >>> parameters("quantize_nf4")[:3]
+    ['weights', 'count', 'codes']
+    """
+    text, _ = kernels._source(kernel)
+    found = re.search(rf"\b{kernel}\((.*?)\n\) \{{", text, re.DOTALL)
+    assert found is not None
+    return re.findall(r"^ .*?(\w+),? *(?://.*)?$", found[1], re.MULTILINE)
+
+
+def source_text(kernel: str, place: str) -> str:
+    """The line of CUDA that `file.cu:12` names."""
+    file, _, number = place.rpartition(":")
+    if number == "0":
+        return "(code that the compiler assigns to no line)"
+    text, headers = kernels._source(kernel)
+    lines = {f"{kernel}.cu": text, **headers}.get(file, "").splitlines()
+    return lines[int(number) - 1].strip() if 0 < int(number) <= len(lines) else ""
+
+
+def report(kernel: str, counters: dict[str, Any], needed: dict[str, int], weights: int) -> str:
+    """The counts for people."""
+    total = counters["warp_instructions"]
+    moved = counters["global_bytes_read"] + counters["global_bytes_written"]
+    ratio = moved / sum(needed.values())
+    text = [
+        f"bytes moved {moved:,}, needed {sum(needed.values()):,}: {ratio:.4f} times",
+        f"thread instructions per weight {counters['thread_instructions'] / weights:.2f}",
+        f"shared wavefronts {counters['shared_wavefronts']:,}, without bank conflicts "
+        f"{counters['shared_wavefronts_ideal']:,}",
+        f"global sectors {counters['global_sectors']:,}, if every access were coalesced "
+        f"{counters['global_sectors_ideal']:,}",
+        f"divergent branches {counters['divergent_branches']:,}",
+        "",
+        f"{'memory':<18}{'bytes needed':>14}{'bytes read':>14}{'written':>14}   (each sector once)",
+    ]
+    names = parameters(kernel)
+    for buffer, count in counters["buffers"].items():
+        read, written = count["unique_sectors_read"], count["unique_sectors_written"]
+        if read or written:
+            index = buffer.removeprefix("argument ")
+            name = names[int(index)] if index.isdigit() else buffer
+            text.append(
+                f"{name:<18}{needed.get(name, 0):>14,}{read * SECTOR:>14,}{written * SECTOR:>14,}"
+            )
+    text += [
+        "Moved beyond the needed bytes: tables and counters, which every CTA reads again.",
+        "",
+        f"{'class':<18}{'warp instructions':>18}",
+    ]
+    classes = sorted(counters["classes"].items(), key=lambda item: -item[1])
+    text += [f"{name:<18}{count:>18,}{count / total:>8.1%}" for name, count in classes]
+    text += [
+        "",
+        f"{'warp instructions':>17} {'share':>7} {'bytes moved':>12} {'of ideal':>9}  line",
+    ]
+    sources = sorted(counters["sources"].items(), key=lambda item: -item[1]["warp_instructions"])
+    for place, count in sources[:LINES]:
+        shared = count["shared_wavefronts"], count["shared_wavefronts_ideal"]
+        sectors = count["global_sectors"], count["global_sectors_ideal"]
+        have, ideal = (a + b for a, b in zip(shared, sectors, strict=True))
+        of_ideal = f"{have / ideal:.2f}" if ideal else ""
+        moved = count["global_bytes_read"] + count["global_bytes_written"]
+        instructions = count["warp_instructions"]
+        text.append(
+            f"{instructions:>17,} {instructions / total:>7.1%} {moved or '':>12} {of_ideal:>9}  "
+            f"{place.removesuffix(':0')}  {source_text(kernel, place)}"[:160]
+        )
+    text.append("of ideal: wavefronts and sectors, as a multiple of what no conflict would need")
+    return "\n".join(text)
 
 
 def main() -> None:
@@ -58,16 +138,12 @@ def main() -> None:
         gpu.quantize(weight, options.block_size, True, device)
     result = device.results[options.kernel == "double_quantize"]
     needed = needed_bytes(options.kernel, weight.numel(), dtype, options.block_size)
-    counters = result.counters
-    moved = counters["global_bytes_read"] + counters["global_bytes_written"]
     print(
-        f"{options.dtype}, {options.rows} x {options.columns}, blocks of {options.block_size}, "
-        f"sm_{options.architecture}, NVRTC {'.'.join(map(str, nvrtc.version()))}, "
-        f"{options.schedule}\n"
-        f"bytes moved {moved:,}, needed {needed:,}: {moved / needed:.4f} times\n"
-        f"thread instructions per weight {counters['thread_instructions'] / weight.numel():.2f}\n"
+        f"{options.kernel}, {options.dtype}, {options.rows} x {options.columns}, blocks of "
+        f"{options.block_size}, sm_{options.architecture}, NVRTC "
+        f"{'.'.join(map(str, nvrtc.version()))}, {options.schedule}"
     )
-    print(result.table)
+    print(report(options.kernel, result.counters, needed, weight.numel()))
 
 
 if __name__ == "__main__":

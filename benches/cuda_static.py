@@ -210,6 +210,10 @@ def main() -> None:
     before = recorded[1] if recorded else []
     table.say("")
     table.say(
+        "warps_of: warps that fit on a multiprocessor at once / the most it holds. loop and the "
+        "columns after it: instructions of the main loop, by class; local: spilled accesses"
+    )
+    table.say(
         f"{sum(row not in before for row in fresh)} of {len(fresh)} rows differ from the record"
     )
     if options.record:

@@ -69,7 +69,7 @@ fn product<T: Measured>(kernels: &Kernels, direction: Direction, tokens: usize, 
 fn pack<T: Element>(kernels: &Kernels) {
     let weights = values::<T>(SIDE * SIDE, 3);
     let pack = |kernels: &Kernels, codes: &mut [u8], absmax: &mut [f32]| {
-        quantize(kernels, &weights, BLOCK_SIZE, codes, absmax, 1).expect("lengths fit");
+        quantize(kernels, &weights, SIDE, BLOCK_SIZE, codes, absmax, 1).expect("lengths fit");
     };
     let empty = || (vec![0; SIDE * SIDE / 2], vec![0.0; SIDE * SIDE / BLOCK_SIZE]);
     let ((mut codes, mut absmax), (mut expected_codes, mut expected_absmax)) = (empty(), empty());

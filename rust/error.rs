@@ -46,13 +46,16 @@ pub enum Error {
     },
     /// A weight is NaN or infinite: no code can represent it.
     #[error(
-        "weight holds {count} NaN or infinite value(s) of {total}, the first at flat index {first}; NF4 has no code for them, so clean the weight first"
+        "weight holds {count} NaN or infinite value(s), the first at [{}, {}] of the {rows} x {columns} matrix; NF4 has no code for them, so clean the weight first",
+        first / columns, first % columns
     )]
     NonFinite {
         /// How many values are not finite.
         count: usize,
-        /// How many values there are.
-        total: usize,
+        /// Number of output features.
+        rows: usize,
+        /// Number of input features, not 0.
+        columns: usize,
         /// Flat index of the first one.
         first: usize,
     },

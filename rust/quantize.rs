@@ -22,7 +22,8 @@ const CHUNK: usize = 1 << 16;
 /// Weights widened to f32 at a time; they stay in the first-level cache between the two passes.
 const STRIP: usize = 4096;
 
-/// Quantize `weights` into `codes` (two per byte) and `absmax` (one per block).
+/// Quantize `weights`, a matrix with `columns` columns, into `codes` (two per byte) and `absmax`
+/// (one per block). `columns` only serves to say where a refused weight is.
 ///
 /// # Errors
 /// [`Error::BlockSize`]; [`Error::Operand`] when an output has the wrong length;
@@ -31,6 +32,7 @@ const STRIP: usize = 4096;
 pub fn quantize<T: Element>(
     kernels: &Kernels,
     weights: &[T],
+    columns: usize,
     block_size: usize,
     codes: &mut [u8],
     absmax: &mut [f32],
@@ -48,7 +50,7 @@ pub fn quantize<T: Element>(
             finite.store(false, Ordering::Relaxed);
         }
     });
-    if finite.into_inner() { Ok(()) } else { Err(non_finite(weights)) }
+    if finite.into_inner() { Ok(()) } else { Err(non_finite(weights, columns.max(1))) }
 }
 
 pub(crate) fn check_length(name: &'static str, got: usize, expected: usize) -> Result<(), Error> {
@@ -100,8 +102,8 @@ pub fn nearest_code(scaled: f32) -> u8 {
 }
 
 /// Describe what is wrong with `weights`, which hold at least one NaN or infinity.
-fn non_finite<T: Element>(weights: &[T]) -> Error {
+fn non_finite<T: Element>(weights: &[T], columns: usize) -> Error {
     let mut bad = weights.iter().enumerate().filter(|(_, w)| !w.to_f32().is_finite()).map(|(i, _)| i);
     let first = bad.next().unwrap_or(weights.len());
-    Error::NonFinite { count: 1 + bad.count(), total: weights.len(), first }
+    Error::NonFinite { count: 1 + bad.count(), rows: weights.len() / columns, columns, first }
 }

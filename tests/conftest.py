@@ -13,9 +13,14 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import pytest
 import torch
-from hypothesis import HealthCheck, register_random, settings
+from hypothesis import HealthCheck, Phase, register_random, settings
 
-SLOW_IS_FINE = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow]}
+SLOW_IS_FINE = {
+    "deadline": None,
+    "suppress_health_check": [HealthCheck.too_slow],
+    # Not `explain`: lines of torch that only a failing example reached say nothing about ours.
+    "phases": [phase for phase in Phase if phase is not Phase.explain],
+}
 settings.register_profile("dev", max_examples=50, **SLOW_IS_FINE)
 # The same examples each time, so that a run says something about the change it tests; new ones are
 # looked for by HYPOTHESIS_PROFILE=night.

@@ -17,6 +17,7 @@ from tiny_models import (
     write_sums,
 )
 
+import qlora_rs
 from qlora_rs import cli
 
 
@@ -43,6 +44,30 @@ def test_help_lists_every_command_and_option(capsys: pytest.CaptureFixture[str])
     text = capsys.readouterr().out
     for word in ("doctor", "demo", "finetune", "generate", "merge", "--limit-kl", "--resume"):
         assert word in text
+
+
+def test_version_and_a_bare_call_answer(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        cli.main(["--version"])
+    assert caught.value.code == 0
+    assert capsys.readouterr().out == f"qlora-rs {qlora_rs.__version__}\n"
+    assert cli.main([]) == 0
+    assert "finetune" in capsys.readouterr().out
+
+
+def test_every_option_of_every_command_says_what_it_is_and_its_default() -> None:
+    (commands,) = [a for a in cli.build_parser()._actions if a.choices]
+    for name, command in commands.choices.items():
+        for action in command._actions:
+            text = (action.help or "") % vars(action)
+            assert len(text.split()) >= 2, (name, action.dest, text)
+            if action.nargs is None and action.option_strings:
+                assert action.metavar in ("N", "X", "NAME", "FILE", "DIR", "PATH", "TEXT"), action
+            if type(action.default) in (int, float) and action.dest != "json":
+                assert f"{action.default}" in text, (name, action.dest, text)
+    text = commands.choices["merge"].format_help()
+    assert re.search(r"nf4; bf16, .* separate, .*\(default: nf4\)", text, re.DOTALL)
+    assert re.search(r"distilled\s+\(default: calibrated\)", text)
 
 
 def test_help_imports_neither_transformers_nor_trl() -> None:
@@ -104,6 +129,18 @@ def test_doctor_reports_a_broken_operator_instead_of_breaking(
             ["finetune", "--output", "x", "--model", "m", "--data", "d", "--r", "0"],
             "--r must be between 1 and 4096, got 0",
         ),
+        (
+            ["finetune", "--output", "x", "--model", "nomodel", "--data", "nodata"],
+            "`hf download`); and nodata does not exist; give the path",
+        ),
+        (
+            ["generate", "--model", "nomodel", "--data", "nodata", "--adapter", "a"],
+            "and nodata does not exist; give the path of a JSONL file; and a is not an adapter",
+        ),
+        (["merge", "nomodel", "a", "out"], "nomodel does not exist"),
+        (["finetune", "--output", "x", "--epochs", "x"], "--epochs: invalid float value: 'x'"),
+        (["finetune"], "required: --output (`qlora-rs finetune --help` lists the options)"),
+        (["tune"], "invalid choice: 'tune'"),
         (["generate", "--model", "absent"], "give either --prompt or --data"),
         (["generate", "--model", "m", "--prompt", "p", "--dtype", "int4"], "--dtype must be one"),
         (["generate", "--model", "m", "--prompt", "p", "--adapter", "a"], "not an adapter"),

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import functools
+
 import numpy as np
 import pytest
+import same_bytes
 import strategies
 import torch
 from emulated_gpu import SCHEDULES, EmulatedGPU, module
@@ -21,13 +24,8 @@ schedules = st.sampled_from(SCHEDULES)
 OUTPUTS = (*FLOATS, torch.float64)
 
 
-def assert_same_bytes(ours: Tensor, theirs: Tensor) -> None:
-    """Equal bytes, but for the sign and payload of a NaN."""
-    assert (ours.shape, ours.dtype) == (theirs.shape, theirs.dtype)
-    nan = ours.isnan()
-    assert torch.equal(nan, theirs.isnan())
-    bits = {2: torch.int16, 4: torch.int32, 8: torch.int64}[ours.dtype.itemsize]
-    assert torch.equal(ours.view(bits)[~nan], theirs.view(bits)[~nan])
+# Equal bytes, but for the sign and payload of a NaN.
+assert_same_bytes = functools.partial(same_bytes.assert_same_bytes, what="weights", any_nan=True)
 
 
 def packed_of(weight: Tensor, block_size: int, double_quant: bool) -> Packed:

@@ -13,6 +13,7 @@ from emulated_gpu import SCHEDULES, EmulatedGPU, module, sums_of_mantissas
 from hypothesis import assume, given
 from hypothesis import strategies as st
 from ptx_emulator import inout, output, window
+from same_bytes import assert_same_bytes
 from strategies import BLOCK_SIZES, FLOATS
 from torch import Tensor
 
@@ -22,19 +23,13 @@ schedules = st.sampled_from(SCHEDULES)
 PARTS = ("codes", "absmax", "nested_absmax", "nested_offset")
 
 
-def same_bytes(ours: Tensor, theirs: Tensor) -> bool:
-    return (ours.shape, ours.dtype) == (theirs.shape, theirs.dtype) and (
-        ours.numpy().tobytes() == theirs.numpy().tobytes()
-    )
-
-
 def assert_cpu_bytes(
     weight: Tensor, block_size: int, double_quant: bool, device: EmulatedGPU
 ) -> None:
     found = gpu.quantize(weight, block_size, double_quant, device)
     expected = cpu.quantize(weight.contiguous(), block_size, double_quant)
     for name, ours, theirs in zip(PARTS, found, expected, strict=True):
-        assert same_bytes(ours, theirs), name
+        assert_same_bytes(ours, theirs, name)
 
 
 @given(strategies.weights(), strategies.block_sizes, st.booleans(), schedules)
@@ -186,7 +181,7 @@ def test_double_quantization_of_any_magnitudes_is_the_rust_paths(
     capsules = map(torch.utils.dlpack.to_dlpack, (absmax, codes, nested))
     offset = cpu._rust.double_quantize(*capsules, 1)
     for ours, theirs in zip(found, (codes, nested, torch.tensor(offset)), strict=True):
-        assert same_bytes(ours, theirs)
+        assert_same_bytes(ours, theirs)
 
 
 @given(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -10,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from qlora_rs import QloraError, kernel_cache, kernels, nvrtc
+from qlora_rs import QloraError, _rust, kernel_cache, kernels, nvrtc
 
 LAUNCH = kernels.dequantize_nf4(4096, torch.bfloat16, 64, True)
 
@@ -130,6 +132,40 @@ def test_code_for_an_unknown_architecture_is_ptx_that_ends_where_the_driver_look
     assert data.endswith(b"\0")
 
 
+def test_an_edited_source_is_compiled_without_building_the_extension(
+    tmp_path: Path, run_python: Callable
+) -> None:
+    cuda = tmp_path / "cuda"
+    shutil.copytree(Path(__file__).parent.parent / "cuda", cuda)
+    header = cuda / "floats.cuh"
+    header.write_text(header.read_text() + '#error "edited"\n')
+    code = """
+        import torch
+        from qlora_rs import kernels
+        kernels.binary(kernels.dequantize_nf4(64, torch.float32, 64, True), (8, 0))
+    """
+    assert run_python(code).returncode == 0
+    done = run_python(code, QLORA_RS_CUDA=str(cuda))
+    assert "floats.cuh" in done.stderr
+    assert "edited" in done.stderr
+    (cuda / "codebook.cuh").unlink()
+    done = run_python(code, QLORA_RS_CUDA=str(cuda))
+    assert "holds no readable codebook.cuh" in done.stderr
+
+
+def test_the_embedded_sources_are_the_folders() -> None:
+    for path in (Path(__file__).parent.parent / "cuda").glob("*.cu*"):
+        assert _rust.cuda_source(path.name) == path.read_text(), "run make setup"
+
+
+def test_the_snippet_of_the_cuda_readme_runs_as_pasted(run_python: Callable) -> None:
+    text = (Path(__file__).parent.parent / "cuda" / "README.md").read_text()
+    (code,) = re.findall(r"<<'END'\n(.*?)\n *END\n", text, re.DOTALL)
+    done = run_python(code, PYTHONPATH=str(Path(__file__).parent))
+    assert done.returncode == 0, done.stderr
+    assert "warp instructions" in done.stdout
+
+
 def test_a_source_that_does_not_compile_names_file_and_line() -> None:
     with pytest.raises(QloraError, match=r"(?s)broken\.cu does not compile.*broken\.cu\(2\)"):
         nvrtc.compile_program("broken.cu", "int good;\nint x = y;\n", {}, ())
@@ -156,7 +192,8 @@ def test_doctor_names_what_is_missing_and_the_command_that_adds_it(
     monkeypatch.setitem(sys.modules, "cupy", None)
     assert main(["doctor"]) == 0
     lines = {line[:14].strip(): line[15:] for line in capsys.readouterr().out.splitlines()}
-    assert lines["gpu nvrtc"].strip().startswith('missing: pip install "qlora_rs[cuda')
+    assert lines["gpu nvrtc"].strip().startswith("missing; matters only with a GPU")
+    assert 'pip install "qlora_rs[cuda' in lines["gpu nvrtc"]
     assert 'pip install "qlora_rs[cuda' in lines["gpu cupy"]
     assert 'pip install "qlora_rs[cuda' in lines["gpu kernels"]
 

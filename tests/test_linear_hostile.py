@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
+import numpy as np
 import pytest
 import strategies
 import torch
@@ -10,7 +13,7 @@ from hypothesis import strategies as st
 from strategies import FLOATS
 
 import qlora_rs
-from qlora_rs import QloraError
+from qlora_rs import QloraError, _rust
 
 PACKED = qlora_rs.quantize(torch.randn(5, 64, generator=torch.Generator().manual_seed(1)))
 BAD = (float("nan"), float("inf"), -float("inf"))
@@ -97,7 +100,7 @@ def test_x_of_another_dtype_is_refused_by_name(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("shape", [(), (63,), (2, 65), (64, 1), (2, 3, 128)])
 def test_x_of_another_width_is_refused_with_both_sizes(shape: tuple) -> None:
     message = refusal(torch.zeros(shape), PACKED)
-    assert "must be 64" in message
+    assert "must be 64 to fit the 5 x 64 weight" in message
     assert f"got shape {list(shape)}" in message
 
 
@@ -129,6 +132,73 @@ def test_lora_matrices_that_do_not_fit_are_refused_with_their_shapes(a: tuple, b
     message = refusal(torch.zeros(2, 64), PACKED, torch.zeros(a), torch.zeros(b), 1.0)
     assert "lora_a must be [r, 64] and lora_b [5, r]" in message
     assert f"got {list(a)} and {list(b)}" in message
+
+
+@pytest.mark.parametrize("rows", [0, 1, 3, 8, 9, 33, 200])
+@pytest.mark.parametrize("dtype", [*FLOATS, torch.float64])
+@pytest.mark.parametrize("grad", [False, True])
+def test_a_rank_of_zero_is_refused(grad: bool, dtype: torch.dtype, rows: int) -> None:
+    a = torch.zeros(0, 64, dtype=dtype, requires_grad=grad)
+    b = torch.zeros(5, 0, dtype=dtype, requires_grad=grad)
+    x, sentence = torch.zeros(rows, 64, dtype=dtype), "r must be at least 1, got 0; without an adap"
+    assert sentence in refusal(x, PACKED, a, b, 2.0)
+    with pytest.raises(QloraError, match=sentence):
+        torch.ops.qlora_rs.lora_linear(x, *PACKED.arguments(), a, b, 2.0, None)
+    y, hidden = torch.zeros(rows, 5, dtype=dtype), torch.zeros(rows, 0, dtype=dtype)
+    for needs_x in (False, True):
+        with pytest.raises(QloraError, match=sentence):
+            torch.ops.qlora_rs.lora_linear_backward(
+                y, x, hidden, *PACKED.arguments(), a, b, 2.0, needs_x
+            )
+
+
+@pytest.mark.parametrize("path", _rust.cpu_paths())
+def test_a_rank_of_zero_is_refused_on_every_cpu_path(cpu_path: Callable, path: str) -> None:
+    code = """
+        import torch, qlora_rs
+        packed = qlora_rs.quantize(torch.randn(50, 64))
+        for dtype in (torch.float32, torch.float16, torch.bfloat16):
+            for rows in (1, 3, 200):
+                x, a, b = (torch.zeros(s, dtype=dtype) for s in ((rows, 64), (0, 64), (50, 0)))
+                try:
+                    qlora_rs.lora_linear(x, packed, a, b, 1.0)
+                except qlora_rs.QloraError as error:
+                    print(str(error).partition(";")[0])
+    """
+    assert cpu_path(path, code).split("\n") == ["r must be at least 1, got 0"] * 9
+
+
+@pytest.mark.parametrize("packed", [torch.zeros(5, 64), None, PACKED.arguments()])
+def test_a_weight_that_is_not_packed_is_refused_with_the_call_that_packs_it(packed: object) -> None:
+    x, a, b = torch.zeros(2, 64), torch.zeros(1, 64), torch.zeros(5, 1)
+    expected = (
+        f"packed must be a PackedWeight, got {type(packed).__name__}; call qlora_rs.quantize("
+    )
+    assert expected in refusal(x, packed)
+    assert expected in refusal(x, packed, a, b, 1.0)
+    # The two swapped.
+    assert "packed must be a PackedWeight, got Tensor" in refusal(PACKED, x)
+
+
+@pytest.mark.parametrize("x", [np.zeros((2, 64), np.float32), [0.0] * 64, None, PACKED])
+def test_an_x_that_is_no_tensor_is_refused_with_its_type(x: object) -> None:
+    expected = f"x must be a torch.Tensor, got {type(x).__name__}; convert it"
+    assert expected in refusal(x, PACKED)
+    assert expected in refusal(x, PACKED, torch.zeros(1, 64), torch.zeros(5, 1), 1.0)
+
+
+@pytest.mark.parametrize("name", ["lora_a", "lora_b", "bias"])
+def test_operands_that_are_no_tensors_are_refused_by_name(name: str) -> None:
+    operands = {"lora_a": torch.zeros(1, 64), "lora_b": torch.zeros(5, 1), "bias": torch.zeros(5)}
+    operands[name] = operands[name].numpy()
+    with pytest.raises(QloraError, match=rf"{name} must be a torch\.Tensor, got ndarray"):
+        qlora_rs.lora_linear(torch.zeros(2, 64), PACKED, scaling=1.0, **operands)
+
+
+@pytest.mark.parametrize("scaling", ["a", None, float("nan"), float("inf"), -float("inf"), 1j])
+def test_a_scaling_that_is_no_finite_number_is_refused(scaling: object) -> None:
+    message = refusal(torch.zeros(2, 64), PACKED, torch.zeros(1, 64), torch.zeros(5, 1), scaling)
+    assert f"scaling must be a finite number such as alpha / r, got {scaling!r}" in message
 
 
 def test_lora_matrices_that_are_not_floats_are_refused_by_name() -> None:

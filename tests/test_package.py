@@ -38,6 +38,22 @@ def test_the_examples_in_docstrings_run(name: str) -> None:
     assert outcome.failed == 0
 
 
+def test_the_examples_in_the_readme_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    blocks = re.findall(r"```python\n(import .*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    assert len(blocks) == 2
+    for block in blocks:
+        exec(block, {})
+    assert capsys.readouterr().out == "(25600, 321088)\n"
+    assert (tmp_path / "my-adapter" / "adapter_config.json").is_file()
+
+
+def test_dir_lists_the_public_names() -> None:
+    assert dir(qlora_rs) == sorted(qlora_rs.__all__)
+
+
 @pytest.mark.parametrize("name", qlora_rs.__all__)
 def test_a_public_name_exists_and_is_documented(name: str) -> None:
     value = getattr(qlora_rs, name)

@@ -194,3 +194,12 @@ def test_a_quantized_meta_weight_has_the_right_sizes_and_no_data() -> None:
     assert packed.device.type == "meta"
     assert [t.shape for t in packed._tensors()] == [t.shape for t in real._tensors()]
     assert packed.dequantize().shape == (33, 65)
+
+
+def test_a_packed_weight_shows_what_it_is_and_no_values() -> None:
+    small = qlora_rs.quantize(torch.randn(96, 128))
+    large = qlora_rs.quantize(torch.randn(2048, 2048), 128, double_quant=False)
+    assert repr(small) == "PackedWeight([96, 128], block_size=64, double_quant=True, 7.4 KB, cpu)"
+    assert (
+        repr(large) == "PackedWeight([2048, 2048], block_size=128, double_quant=False, 2.2 MB, cpu)"
+    )

@@ -21,7 +21,9 @@ def test_a_bad_weight_is_refused_at_every_position_of_a_block(
     for position in range(64):
         weight = torch.ones(3, 64, dtype=dtype)
         weight[1, position] = bad
-        with pytest.raises(QloraError, match=rf"holds 1 NaN or .* flat index {64 + position};"):
+        with pytest.raises(
+            QloraError, match=rf"holds 1 NaN or .* at \[1, {position}\] of the 3 x 64 "
+        ):
             qlora_rs.quantize(weight)
 
 
@@ -31,7 +33,7 @@ def test_a_bad_weight_is_refused_at_every_position_of_a_tail(count: int, bad: fl
     for position in range(count):
         weight = torch.zeros(1, 64 + count)
         weight[0, 64 + position] = bad
-        with pytest.raises(QloraError, match=rf"flat index {64 + position};"):
+        with pytest.raises(QloraError, match=rf"first at \[0, {64 + position}\] of"):
             qlora_rs.quantize(weight)
 
 
@@ -39,7 +41,8 @@ def test_the_refusal_counts_every_bad_weight_and_names_the_first() -> None:
     weight = torch.randn(300, 1000)
     bad = torch.randperm(weight.numel())[:1234]
     weight.view(-1)[bad] = float("nan")
-    expected = f"holds 1234 NaN or infinite value\\(s\\) of 300000, the first .* {bad.min()};"
+    first = rf"\[{bad.min() // 1000}, {bad.min() % 1000}\]"
+    expected = rf"holds 1234 NaN or infinite value\(s\), the first at {first} of the 300 x 1000 "
     with pytest.raises(QloraError, match=expected):
         qlora_rs.quantize(weight)
 
@@ -52,12 +55,39 @@ def test_a_signalling_nan_and_a_nan_with_any_payload_are_refused() -> None:
             qlora_rs.quantize(weight)
 
 
-@pytest.mark.parametrize(
-    "dtype", [torch.float64, torch.int8, torch.int64, torch.bool, torch.complex64, torch.uint8]
-)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.int8, torch.int64, torch.bool, torch.uint8])
 def test_a_weight_of_another_dtype_is_refused_with_the_remedy(dtype: torch.dtype) -> None:
     with pytest.raises(QloraError, match=rf"got {dtype}; convert it with \.to\(torch\.float32\)"):
         qlora_rs.quantize(torch.zeros(4, 64, dtype=dtype))
+
+
+def test_a_complex_weight_is_not_told_to_drop_its_imaginary_part() -> None:
+    with pytest.raises(QloraError, match=r"got torch\.complex64, .* weight\.real and weight\.imag"):
+        qlora_rs.quantize(torch.zeros(4, 64, dtype=torch.complex64))
+
+
+@pytest.mark.filterwarnings("ignore:Sparse")
+def test_a_sparse_weight_is_refused_with_the_remedy() -> None:
+    for weight in (torch.eye(64).to_sparse(), torch.eye(64).to_sparse_csr()):
+        with pytest.raises(QloraError, match=r"sparse\w* tensor, .* \.to_dense\(\)"):
+            qlora_rs.quantize(weight)
+
+
+@pytest.mark.parametrize("double_quant", ["no", None, 1, 0.0])
+def test_a_double_quant_that_is_no_bool_is_refused(double_quant: object) -> None:
+    sentence = f"double_quant must be True or False, got {double_quant!r}"
+    with pytest.raises(QloraError, match=sentence):
+        qlora_rs.quantize(torch.zeros(4, 64), 64, double_quant)
+    with pytest.raises(QloraError, match=sentence):
+        qlora_rs.quantize_model(
+            torch.nn.Sequential(torch.nn.Linear(64, 4)), double_quant=double_quant
+        )
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
+def test_a_gpu_that_is_not_there_is_refused_with_the_command_that_says_why() -> None:
+    with pytest.raises(QloraError, match=r"cannot go to cuda:1: .* `qlora-rs doctor`"):
+        qlora_rs.quantize(torch.eye(64)).to("cuda:1")
 
 
 @pytest.mark.parametrize("shape", [(), (64,), (1, 2, 64), (0,)])
@@ -74,7 +104,7 @@ def test_a_block_size_outside_the_format_is_refused_with_its_value(block_size: i
 
 @pytest.mark.parametrize("block_size", [64.0, "64", None, True])
 def test_a_block_size_of_another_type_is_refused(block_size: object) -> None:
-    with pytest.raises(QloraError, match="block_size must be one of"):
+    with pytest.raises(QloraError, match=f"block_size must be one of .* got {block_size!r} "):
         qlora_rs.quantize(torch.zeros(4, 64), block_size)
 
 

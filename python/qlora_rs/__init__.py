@@ -53,3 +53,7 @@ __all__ = [
     "unfuse_loss",
     "unmerge",
 ]
+
+
+def __dir__() -> list[str]:
+    return __all__

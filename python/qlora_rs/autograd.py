@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from qlora_rs import ops
+from qlora_rs.errors import QloraError
 
 # Gradients of the eight arguments that describe a packed weight.
 _NO_PACKED_GRADIENTS = (None,) * 8
@@ -29,6 +30,7 @@ _NO_PACKED_GRADIENTS = (None,) * 8
 def linear(x: Tensor, *arguments: Any) -> Tensor:
     """`torch.ops.qlora_rs.linear`, past the dispatcher where nobody looks on."""
     if not ops.runs_directly(x):
+        _check_tensor(x)
         return torch.ops.qlora_rs.linear(x, *arguments)
     if _wants_gradient(x, arguments[-1]):
         return _DirectLinear.apply(x, arguments[:8], arguments[8])
@@ -38,11 +40,19 @@ def linear(x: Tensor, *arguments: Any) -> Tensor:
 def lora_linear(x: Tensor, *arguments: Any) -> Tensor:
     """The first result of `torch.ops.qlora_rs.lora_linear`, likewise."""
     if not ops.runs_directly(x):
+        _check_tensor(x)
         return torch.ops.qlora_rs.lora_linear(x, *arguments)[0]
     lora_a, lora_b, _, bias = arguments[8:]
     if _wants_gradient(x, lora_a, lora_b, bias):
         return _DirectLoRALinear.apply(x, arguments[:8], *arguments[8:])
     return ops.lora_linear(x, *arguments)[0]
+
+
+def _check_tensor(x: object) -> None:
+    if not isinstance(x, Tensor):
+        raise QloraError(
+            f"x must be a torch.Tensor, got {type(x).__name__}; convert it with torch.as_tensor"
+        )
 
 
 def _wants_gradient(*tensors: Tensor | None) -> bool:
@@ -200,7 +210,7 @@ for _name, _function in (
 
 
 def _refuse_second_gradients(ctx: Any, *grads: Tensor) -> tuple:
-    raise RuntimeError(
+    raise QloraError(
         "second gradients of lora_linear are not implemented (its backward is "
         "once_differentiable): compute x Wᵀ with qlora_rs.linear, which has them, and the "
         "low-rank part with torch"

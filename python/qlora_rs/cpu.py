@@ -45,7 +45,14 @@ def quantize(weight: Tensor, block_size: int, double_quant: bool) -> tuple[Tenso
     threads = torch.get_num_threads()
     codes = torch.empty(((weight.numel() + 1) // 2, 1), dtype=torch.uint8)
     absmax = torch.empty(blocks, dtype=torch.float32)
-    _rust.quantize(to_dlpack(weight), block_size, to_dlpack(codes), to_dlpack(absmax), threads)
+    _rust.quantize(
+        to_dlpack(weight),
+        weight.shape[1],
+        block_size,
+        to_dlpack(codes),
+        to_dlpack(absmax),
+        threads,
+    )
     if not double_quant:
         return codes, absmax, torch.empty(0), torch.empty(0)
     nested_codes = torch.empty(blocks, dtype=torch.uint8)

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import math
+from typing import Any, NoReturn
+
 from torch import Tensor
 
 from qlora_rs import autograd
+from qlora_rs.errors import QloraError
 from qlora_rs.quantize import PackedWeight
 
 
@@ -22,6 +26,8 @@ def linear(x: Tensor, packed: PackedWeight, bias: Tensor | None = None) -> Tenso
     >>> bool((linear(x, packed) == x).all())
     True
     """
+    if not isinstance(packed, PackedWeight) or not (bias is None or isinstance(bias, Tensor)):
+        _refuse_types(packed=packed, bias=bias)
     return autograd.linear(x, *packed.arguments(), bias)
 
 
@@ -45,4 +51,32 @@ def lora_linear(
     >>> bool((lora_linear(x, packed, ones, ones.t() * 0, scaling=2.0) == x).all())
     True
     """
-    return autograd.lora_linear(x, *packed.arguments(), lora_a, lora_b, float(scaling), bias)
+    if not (
+        isinstance(packed, PackedWeight)
+        and isinstance(lora_a, Tensor)
+        and isinstance(lora_b, Tensor)
+        and (bias is None or isinstance(bias, Tensor))
+    ):
+        _refuse_types(packed=packed, lora_a=lora_a, lora_b=lora_b, bias=bias)
+    return autograd.lora_linear(x, *packed.arguments(), lora_a, lora_b, _finite(scaling), bias)
+
+
+def _finite(scaling: Any) -> float:
+    try:
+        number = float(scaling)
+    except (TypeError, ValueError):
+        number = math.nan
+    if not math.isfinite(number):
+        raise QloraError(f"scaling must be a finite number such as alpha / r, got {scaling!r}")
+    return number
+
+
+def _refuse_types(packed: object, **tensors: object) -> NoReturn:
+    """The calls look at types with isinstance alone; what is wrong is found out here."""
+    if not isinstance(packed, PackedWeight):
+        raise QloraError(
+            f"packed must be a PackedWeight, got {type(packed).__name__}; call "
+            "qlora_rs.quantize(weight) first, and give x before it"
+        )
+    name, value = next((n, v) for n, v in tensors.items() if not isinstance(v, Tensor | None))
+    raise QloraError(f"{name} must be a torch.Tensor, got {type(value).__name__}")

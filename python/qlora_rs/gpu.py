@@ -71,7 +71,8 @@ def quantize(
     if count and not _is_capturing(weight):
         bad, distance_of_first = refused.tolist()
         if bad:
-            _rust.refuse_non_finite(bad, count, count - distance_of_first)
+            rows, columns = weight.shape
+            _rust.refuse_non_finite(bad, rows, columns, count - distance_of_first)
     return codes, absmax, *nested
 
 

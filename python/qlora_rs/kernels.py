@@ -12,8 +12,10 @@ waited for here, so a CUDA graph can capture it, once the kernel was launched be
 from __future__ import annotations
 
 import functools
+import os
 import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -107,12 +109,29 @@ def dequantize_nf4(count: int, dtype: torch.dtype, block_size: int, double_quant
     return Launch("dequantize_nf4", constants, -(-count // tile))
 
 
+def _text(name: str) -> str:
+    """A file of `cuda/` as the extension carries it, or from the folder `QLORA_RS_CUDA`.
+
+    The variable lets an edited kernel be tested without building the extension again.
+    """
+    folder = os.environ.get("QLORA_RS_CUDA")
+    if not folder:
+        return _rust.cuda_source(name)
+    try:
+        return (Path(folder) / name).read_text(encoding="utf-8")
+    except OSError as error:
+        raise QloraError(
+            f"QLORA_RS_CUDA={folder} holds no readable {name} ({error.strerror}); set it to the "
+            "folder cuda/ of a clone, or unset it"
+        ) from error
+
+
 @functools.cache
 def _source(kernel: str) -> tuple[str, dict[str, str]]:
     """A kernel's text and that of the headers it includes."""
-    text = _rust.cuda_source(f"{kernel}.cu")
+    text = _text(f"{kernel}.cu")
     names = re.findall(r'^#include "(.+)"$', text, re.MULTILINE)
-    return text, {name: _rust.cuda_source(name) for name in names}
+    return text, {name: _text(name) for name in names}
 
 
 def compile_kernel(

@@ -114,7 +114,7 @@ class LinearCrossEntropyFunction(torch.autograd.Function):
         # Grad mode is on in a backward pass with create_graph=True. torch's `once_differentiable`
         # would give a gradient without graph here, which a gradient penalty takes for a constant.
         if torch.is_grad_enabled():
-            raise RuntimeError(
+            raise QloraError(
                 "second gradients of linear_cross_entropy are not implemented: its gradients are "
                 "computed in the forward pass; use torch.nn.functional.cross_entropy on the logits"
             )
@@ -193,7 +193,7 @@ def _check_operands(hidden: Tensor, weight: Weight, bias: Tensor | None) -> None
             "pass the output layer's weight"
         )
     values = weight.codes if isinstance(weight, PackedWeight) else weight
-    check_activations("hidden", hidden, weight.shape[1], values)
+    check_activations("hidden", hidden, (weight.shape[0], weight.shape[1]), values)
     if hidden.device.type == "meta":
         raise QloraError("hidden is on the meta device and has no values; load the model first")
     if hidden.device.type != "cpu":

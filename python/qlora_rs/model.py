@@ -74,7 +74,7 @@ def quantize_model(
         )
     for name, module in chosen:
         try:
-            check_weight(module.weight, block_size)
+            check_weight(module.weight, block_size, double_quant)
         except QloraError as error:
             raise QloraError(f"{name}: {error}; nothing was quantized") from error
         if module.weight.device.type not in DEVICES:
@@ -85,10 +85,10 @@ def quantize_model(
         # Before the first replacement, so that a refusal leaves the model whole.
         if module.weight.device.type != "meta" and not torch.isfinite(module.weight).all():
             count = int((~torch.isfinite(module.weight)).sum())
-            first = int((~torch.isfinite(module.weight)).flatten().nonzero()[0])
+            first = (~torch.isfinite(module.weight)).nonzero()[0].tolist()
             raise QloraError(
-                f"{name}.weight holds {count} NaN or infinite value(s), the first at flat index "
-                f"{first}; nothing was quantized, so clean or skip this layer"
+                f"{name}.weight holds {count} NaN or infinite value(s), the first at {first}; "
+                "nothing was quantized, so clean or skip this layer"
             )
     model.requires_grad_(False)
     for done, (name, module) in enumerate(chosen, start=1):

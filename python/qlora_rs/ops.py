@@ -46,15 +46,32 @@ for _name, _schema in _SCHEMAS.items():
     torch.library.define(f"qlora_rs::{_name}", _schema, tags=(torch.Tag.pt2_compliant_tag,))
 
 
-def check_weight(weight: Tensor, block_size: int) -> None:
-    """Refuse what cannot be quantized."""
+def check_block_size(block_size: int) -> None:
+    """Refuse what is not one of the format's sizes."""
     if type(block_size) is not int or block_size not in BLOCK_SIZES:
         sizes = ", ".join(map(str, BLOCK_SIZES))
-        raise QloraError(f"block_size must be one of {sizes}, got {block_size} (64 is usual)")
+        raise QloraError(f"block_size must be one of {sizes}, got {block_size!r} (64 is usual)")
+
+
+def check_weight(weight: Tensor, block_size: int, double_quant: bool = True) -> None:
+    """Refuse what cannot be quantized."""
+    check_block_size(block_size)
+    if not isinstance(double_quant, bool):
+        raise QloraError(f"double_quant must be True or False, got {double_quant!r}")
     if weight.dim() != 2:
         raise QloraError(
             f"weight must have 2 dimensions [out_features, in_features], got shape "
             f"{list(weight.shape)}; reshape it first"
+        )
+    if weight.layout != torch.strided:
+        raise QloraError(
+            f"weight is a {weight.layout} tensor, and NF4 stores every weight; convert it with "
+            ".to_dense()"
+        )
+    if weight.is_complex():
+        raise QloraError(
+            f"weight must be float32, float16 or bfloat16, got {weight.dtype}, of which a float "
+            "holds only half; quantize weight.real and weight.imag"
         )
     if weight.dtype not in FLOATS:
         raise QloraError(
@@ -64,21 +81,25 @@ def check_weight(weight: Tensor, block_size: int) -> None:
 
 
 def check_activations(
-    name: str, x: Tensor, features: int, codes: Tensor, bias: Tensor | None = None
+    name: str, x: Tensor, shape: tuple[int, int], values: Tensor, bias: Tensor | None = None
 ) -> None:
-    """Refuse activations that do not fit the weight, naming both sides."""
+    """Refuse activations [..., shape[1]] that do not fit the weight, naming both sides.
+
+    shape: the matrix that multiplies them; values: a tensor where the weight is.
+    """
     if x.dtype not in ACTIVATIONS:
         raise QloraError(
             f"{name} must be float32, float16, bfloat16 or float64, got {x.dtype}; convert it first"
         )
-    if x.dim() == 0 or x.shape[-1] != features:
+    if x.dim() == 0 or x.shape[-1] != shape[1]:
         raise QloraError(
-            f"the last dimension of {name} must be {features} to fit the weight, got shape "
-            f"{list(x.shape)}"
+            f"the last dimension of {name} must be {shape[1]} to fit the {shape[0]} x {shape[1]} "
+            f"weight, got shape {list(x.shape)}; reshape {name}, or take weight.t() if the weight "
+            "was stored as [in, out]"
         )
-    if x.device != codes.device:
+    if x.device != values.device:
         raise QloraError(
-            f"{name} is on {x.device} but the weight is on {codes.device}; move one of them"
+            f"{name} is on {x.device} but the weight is on {values.device}; move one of them"
         )
     if x.device.type not in DEVICES:
         raise QloraError(
@@ -92,6 +113,14 @@ def check_activations(
         )
 
 
+def check_rank(rank: int) -> None:
+    """Refuse an adapter that adds nothing: the kernels divide their work by its rank."""
+    if rank < 1:
+        raise QloraError(
+            f"r must be at least 1, got {rank}; without an adapter, call qlora_rs.linear"
+        )
+
+
 def check_lora(lora_a: Tensor, lora_b: Tensor, packed: Packed) -> None:
     """Refuse adapter matrices that do not fit the weight."""
     rank = lora_a.shape[0] if lora_a.dim() == 2 else -1
@@ -101,6 +130,7 @@ def check_lora(lora_a: Tensor, lora_b: Tensor, packed: Packed) -> None:
             f"lora_a must be [r, {packed.in_features}] and lora_b [{packed.out_features}, r] for "
             f"one r, got {list(lora_a.shape)} and {list(lora_b.shape)}"
         )
+    check_rank(rank)
     for name, matrix in (("lora_a", lora_a), ("lora_b", lora_b)):
         if matrix.dtype not in ACTIVATIONS:
             raise QloraError(f"{name} must be a float tensor, got {matrix.dtype}")
@@ -161,7 +191,7 @@ def _check_output_dtype(dtype: torch.dtype) -> None:
 def linear(x: Tensor, *arguments: Any) -> Tensor:
     """The operator's kernel; see `functional.linear`."""
     packed, (bias,) = Packed(*arguments[:8]), arguments[8:]
-    check_activations("x", x, packed.in_features, packed.codes, bias)
+    check_activations("x", x, packed[5:7], packed.codes, bias)
     _check_bias(bias, packed.out_features)
     bias = None if bias is None else cpu.plain(bias)
     y = _compute(x).linear(_rows(x), packed, bias)
@@ -171,7 +201,7 @@ def linear(x: Tensor, *arguments: Any) -> Tensor:
 @torch.library.register_fake("qlora_rs::linear")
 def _linear_shape(x: Tensor, *arguments: Any) -> Tensor:
     packed, (bias,) = Packed(*arguments[:8]), arguments[8:]
-    check_activations("x", x, packed.in_features, packed.codes, bias)
+    check_activations("x", x, packed[5:7], packed.codes, bias)
     _check_bias(bias, packed.out_features)
     return x.new_empty((*x.shape[:-1], packed.out_features))
 
@@ -179,7 +209,7 @@ def _linear_shape(x: Tensor, *arguments: Any) -> Tensor:
 def linear_backward(grad: Tensor, *arguments: Any) -> Tensor:
     """The operator's kernel: dX [..., in] = dY [..., out] W."""
     packed = Packed(*arguments)
-    check_activations("grad", grad, packed.out_features, packed.codes)
+    check_activations("grad", grad, packed[6:4:-1], packed.codes)
     grad_x = _compute(grad).linear_backward(_rows(grad), packed)
     return grad_x.view(*grad.shape[:-1], packed.in_features)
 
@@ -187,14 +217,14 @@ def linear_backward(grad: Tensor, *arguments: Any) -> Tensor:
 @torch.library.register_fake("qlora_rs::linear_backward")
 def _linear_backward_shape(grad: Tensor, *arguments: Any) -> Tensor:
     packed = Packed(*arguments)
-    check_activations("grad", grad, packed.out_features, packed.codes)
+    check_activations("grad", grad, packed[6:4:-1], packed.codes)
     return grad.new_empty((*grad.shape[:-1], packed.in_features))
 
 
 def lora_linear(x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
     """The operator's kernel; see `functional.lora_linear`."""
     packed, (lora_a, lora_b, scaling, bias) = Packed(*arguments[:8]), arguments[8:]
-    check_activations("x", x, packed.in_features, packed.codes, bias)
+    check_activations("x", x, packed[5:7], packed.codes, bias)
     check_lora(lora_a, lora_b, packed)
     _check_bias(bias, packed.out_features)
     bias = None if bias is None else cpu.plain(bias)
@@ -206,7 +236,7 @@ def lora_linear(x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
 @torch.library.register_fake("qlora_rs::lora_linear")
 def _lora_linear_shape(x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
     packed, (lora_a, lora_b, _, bias) = Packed(*arguments[:8]), arguments[8:]
-    check_activations("x", x, packed.in_features, packed.codes, bias)
+    check_activations("x", x, packed[5:7], packed.codes, bias)
     check_lora(lora_a, lora_b, packed)
     _check_bias(bias, packed.out_features)
     y = x.new_empty((*x.shape[:-1], packed.out_features))
@@ -218,7 +248,8 @@ def lora_linear_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The operator's kernel: dX (empty if it is not needed), dA, dB."""
     packed, (lora_a, lora_b, scaling, needs_x) = Packed(*arguments[:8]), arguments[8:]
-    check_activations("grad", grad, packed.out_features, packed.codes)
+    check_activations("grad", grad, packed[6:4:-1], packed.codes)
+    check_rank(lora_a.shape[0])
     low_rank = LowRank(lora_a, lora_b, scaling)
     grad_x, grad_a, grad_b = _compute(grad).lora_linear_backward(
         _rows(grad), _rows(x), hidden.contiguous(), packed, low_rank, needs_x
@@ -231,7 +262,7 @@ def _lora_linear_backward_shape(
     grad: Tensor, x: Tensor, hidden: Tensor, *arguments: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
     packed, (lora_a, lora_b, _, needs_x) = Packed(*arguments[:8]), arguments[8:]
-    check_activations("grad", grad, packed.out_features, packed.codes)
+    check_activations("grad", grad, packed[6:4:-1], packed.codes)
     grad_x = x.new_empty(x.shape if needs_x else 0)
     return grad_x, lora_a.new_empty(lora_a.shape), lora_b.new_empty(lora_b.shape)
 

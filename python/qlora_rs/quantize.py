@@ -16,7 +16,7 @@ from torch import Tensor
 
 from qlora_rs import _rust
 from qlora_rs.errors import QloraError
-from qlora_rs.ops import BLOCK_SIZES, DEVICES, check_weight
+from qlora_rs.ops import BLOCK_SIZES, DEVICES, check_block_size, check_weight
 
 NESTED_BLOCK = 256
 # nested_absmax, nested_offset, nested_map
@@ -36,7 +36,7 @@ def dynamic_map() -> Tensor:
     return torch.tensor(_rust.dynamic_map(), dtype=torch.float32)
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class PackedWeight:
     """A weight matrix in NF4: two codes per byte, one absmax per block.
 
@@ -45,6 +45,8 @@ class PackedWeight:
     float32 [ceil(blocks / 256)], nested_offset float32 [] and nested_map float32 [256].
     shape: (out_features, in_features). dtype: that of the float weight. block_size: weights per
     absmax, counted along the flattened matrix.
+
+    Its repr gives shape, format, bytes and device, and no values.
 
     Made by `quantize` or `from_bitsandbytes`; never changed afterwards.
 
@@ -64,9 +66,17 @@ class PackedWeight:
     dtype: torch.dtype
     block_size: int
 
+    def __repr__(self) -> str:
+        size = (
+            f"{self.nbytes / 1e3:,.1f} KB" if self.nbytes < 1e6 else f"{self.nbytes / 1e6:,.1f} MB"
+        )
+        return (
+            f"PackedWeight({list(self.shape)}, block_size={self.block_size}, "
+            f"double_quant={self.double_quant}, {size}, {self.device})"
+        )
+
     def __post_init__(self) -> None:
-        if type(self.block_size) is not int or self.block_size not in BLOCK_SIZES:
-            raise QloraError(f"block_size must be one of {BLOCK_SIZES}, got {self.block_size}")
+        check_block_size(self.block_size)
         count = self.shape.numel()
         blocks = -(-count // self.block_size)
         nested = self.nested_absmax is not None
@@ -122,7 +132,15 @@ class PackedWeight:
         return torch.ops.qlora_rs.dequantize(*self.arguments(), dtype or self.dtype)
 
     def to(self, device: torch.device | str) -> PackedWeight:
-        """The same bytes on another device."""
+        """The same bytes on another device.
+
+        Raises QloraError for a GPU where torch finds none.
+        """
+        if torch.device(device).type == "cuda" and not torch.cuda.is_available():
+            raise QloraError(
+                f"the weight cannot go to {device}: torch finds no NVIDIA GPU. `qlora-rs doctor` "
+                "says what is missing; on the CPU all works without one"
+            )
         return self._with_tensors(*(None if t is None else t.to(device) for t in self._tensors()))
 
     def _with_tensors(
@@ -281,7 +299,7 @@ def quantize(weight: Tensor, block_size: int = 64, double_quant: bool = True) ->
     """
     if not isinstance(weight, Tensor):
         raise QloraError(f"weight must be a torch.Tensor, got {type(weight).__name__}")
-    check_weight(weight, block_size)
+    check_weight(weight, block_size, double_quant)
     if weight.device.type not in DEVICES:
         raise QloraError(f'weight is on {weight.device}; move it to the CPU first with .to("cpu")')
     weight = weight.detach()

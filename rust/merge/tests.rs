@@ -63,7 +63,7 @@ fn solve(
 ) -> (Vec<u8>, Vec<f32>, Vec<f64>) {
     let columns = target.len() / rows;
     let (mut codes, mut absmax) = (vec![0; target.len() / 2], vec![0.0; target.len() / block_size]);
-    quantize(&crate::simd::portable::KERNELS, target, block_size, &mut codes, &mut absmax, 1)
+    quantize(&crate::simd::portable::KERNELS, target, columns, block_size, &mut codes, &mut absmax, 1)
         .expect("finite");
     let nearest =
         PackedMatrix::new(&codes, Scales::Single(&absmax), rows, columns, block_size).expect("lengths fit");

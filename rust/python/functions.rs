@@ -113,8 +113,8 @@ pub fn cuda_source(name: &str) -> PyResult<&'static str> {
 
 /// Raise what `quantize` raises for weights that are NaN or infinite.
 #[pyfunction]
-pub fn refuse_non_finite(count: usize, total: usize, first: usize) -> PyResult<()> {
-    Err(Error::NonFinite { count, total, first }.into())
+pub fn refuse_non_finite(count: usize, rows: usize, columns: usize, first: usize) -> PyResult<()> {
+    Err(Error::NonFinite { count, rows, columns: columns.max(1), first }.into())
 }
 
 /// Float weights → codes and absmax, into the given tensors.
@@ -122,6 +122,7 @@ pub fn refuse_non_finite(count: usize, total: usize, first: usize) -> PyResult<(
 pub fn quantize(
     py: Python<'_>,
     weight: &Capsule<'_>,
+    columns: usize,
     block_size: usize,
     codes: &Capsule<'_>,
     absmax: &Capsule<'_>,
@@ -129,11 +130,12 @@ pub fn quantize(
 ) -> PyResult<()> {
     let weight = Argument::new("weight", weight)?;
     let (codes, absmax) = (Argument::new("codes", codes)?, Argument::new("absmax", absmax)?);
-    return for_element!(weight, run(py, &weight, block_size, codes, absmax, threads));
+    return for_element!(weight, run(py, &weight, columns, block_size, codes, absmax, threads));
 
     fn run<T: Element + Scalar>(
         py: Python<'_>,
         weight: &Argument<'_>,
+        columns: usize,
         block_size: usize,
         mut codes: Argument<'_>,
         mut absmax: Argument<'_>,
@@ -141,7 +143,7 @@ pub fn quantize(
     ) -> PyResult<()> {
         let kernels = simd::kernels()?;
         let (weight, codes, absmax) = (weight.slice::<T>()?, codes.slice_mut()?, absmax.slice_mut()?);
-        Ok(py.detach(|| encode::quantize(kernels, weight, block_size, codes, absmax, threads))?)
+        Ok(py.detach(|| encode::quantize(kernels, weight, columns, block_size, codes, absmax, threads))?)
     }
 }
 

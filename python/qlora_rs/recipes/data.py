@@ -60,6 +60,16 @@ class TrainingData:
     blank_lines: int = 0
 
 
+def _missing(path: str | Path) -> QloraError:
+    return QloraError(f"{path} does not exist; give the path of a JSONL file")
+
+
+def check_data_path(path: str | Path) -> None:
+    """Refuse a file that is not there, before anything large is loaded; reads nothing."""
+    if not Path(path).exists():
+        raise _missing(path)
+
+
 def read_examples(path: str | Path) -> TrainingData:
     """Read and check a JSONL file of chats or prompt/completion pairs.
 
@@ -109,7 +119,7 @@ def _numbered_lines(path: Path, digest: Any) -> Iterator[tuple[int, bytes]]:
                     raw = raw.removeprefix(codecs.BOM_UTF8)
                 yield number, raw
     except FileNotFoundError:
-        raise QloraError(f"{path} does not exist; give the path of a JSONL file") from None
+        raise _missing(path) from None
     except IsADirectoryError:
         raise QloraError(f"{path} is a directory; give the path of one JSONL file") from None
     except LineError as error:

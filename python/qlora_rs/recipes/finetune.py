@@ -16,10 +16,10 @@ from pathlib import Path
 from typing import Any
 
 import qlora_rs
-from qlora_rs.errors import QloraError
+from qlora_rs.errors import QloraError, refuse_together
 from qlora_rs.recipes import base_model, report
 from qlora_rs.recipes import output_folder as folder
-from qlora_rs.recipes.data import Example, read_examples
+from qlora_rs.recipes.data import Example, check_data_path, read_examples
 from qlora_rs.recipes.encode import EncodedData, encode_examples
 from qlora_rs.recipes.progress import Progress, StopRequest, stop_on_signals
 from qlora_rs.recipes.run_identity import check_same_run, run_record
@@ -65,7 +65,9 @@ def finetune(
     progress = progress or Progress()
     output = Path(settings.output).expanduser()
     require_training_libraries()
-    base_model.check_model_path(settings.model)
+    refuse_together(
+        lambda: base_model.check_model_path(settings.model), lambda: check_data_path(settings.data)
+    )
     if not resume:
         folder.refuse_existing(output, overwrite)
     progress.stage(f"Reading {settings.data}")

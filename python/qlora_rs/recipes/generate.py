@@ -7,19 +7,43 @@ answers back in order, so that a prompt's answer does not depend on how the call
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
 import qlora_rs
-from qlora_rs.errors import QloraError
+from qlora_rs.errors import QloraError, refuse_together
 from qlora_rs.recipes import base_model
-from qlora_rs.recipes.base_model import BaseModel, load_base_model
+from qlora_rs.recipes.base_model import BaseModel, check_model_path, load_base_model
+from qlora_rs.recipes.data import check_data_path
 from qlora_rs.recipes.progress import Progress
 from qlora_rs.recipes.quantized_folder import is_quantized_folder, load_quantized_folder
 
 Chat = list[dict[str, str]]
+
+
+def check_base_path(model: str | Path) -> None:
+    """Refuse what is neither a float model nor a folder of NF4 weights; loads nothing."""
+    if not is_quantized_folder(model):
+        check_model_path(model)
+
+
+def check_adapter_path(adapter: str | Path) -> None:
+    """Refuse what is no adapter directory."""
+    if not (Path(adapter) / "adapter_config.json").is_file():
+        raise QloraError(f"{adapter} is not an adapter directory (no adapter_config.json)")
+
+
+def check_paths(
+    model: str | Path, adapter: str | Path | None = None, data: str | Path | None = None
+) -> None:
+    """Refuse all that is not there at once, before anything is loaded."""
+    checks = [partial(check_base_path, model)]
+    checks += [partial(check_data_path, data)] if data is not None else []
+    checks += [partial(check_adapter_path, adapter)] if adapter is not None else []
+    refuse_together(*checks)
 
 
 def load_for_generation(
@@ -34,8 +58,7 @@ def load_for_generation(
     not load or they do not belong together.
     """
     progress = progress or Progress(quiet=True)
-    if adapter is not None and not (Path(adapter) / "adapter_config.json").is_file():
-        raise QloraError(f"{adapter} is not an adapter directory (no adapter_config.json)")
+    check_paths(model, adapter)
     progress.stage(f"Loading {model}")
     if is_quantized_folder(model):
         base = load_quantized_folder(model, dtype)

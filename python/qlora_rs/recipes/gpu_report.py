@@ -136,5 +136,7 @@ def gpu_rows(report: dict[str, Any]) -> list[tuple[str, str]]:
     for need, state in report["needs"].items():
         found, add = state["found"], state["add"]
         missing = f"{found or 'missing'}: {add}" if add else (found or "missing")
+        if add and report["name"] is None and need in ("nvrtc", "cupy", "kernels"):
+            missing = f"{found or 'missing'}; matters only with a GPU, where this adds it: {add}"
         rows.append((f"gpu {need}", missing))
     return rows

@@ -171,13 +171,14 @@ def _load(settings: MergeSettings, notes: list[str], progress: Progress) -> Base
     """The unmerged model, quantized as the adapter was trained."""
     adapter = Path(settings.adapter).expanduser()
     run = _training_run(adapter)
+    if not is_quantized_folder(settings.base):
+        check_model_path(settings.base)
     progress.stage(f"Loading {settings.base}")
     if is_quantized_folder(settings.base):
         base = load_quantized_folder(settings.base, settings.dtype)
         layer = next(m for m in base.model.modules() if isinstance(m, NF4Linear))
         found = (layer.block_size, layer.nested_absmax is not None)
     else:
-        check_model_path(settings.base)
         base = load_base_model(settings.base, settings.dtype)
         found = (run.block_size, run.double_quant) if run is not None else (64, True)
         qlora_rs.quantize_model(
