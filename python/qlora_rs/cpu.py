@@ -142,6 +142,8 @@ def _multiply(
 
 def plain(tensor: Tensor) -> Tensor:
     """The tensor as its memory shows it: contiguous, nothing lazy, no gradient."""
+    if tensor.is_contiguous() and not tensor.is_neg():
+        return tensor.detach() if tensor.requires_grad else tensor
     return tensor.detach().resolve_neg().contiguous()
 
 

@@ -107,16 +107,23 @@ class NF4Linear(nn.Linear):
         return self.packed.dequantize(dtype)
 
     def _arguments(self) -> tuple:
-        statistics = (self.absmax, self.nested_absmax, self.nested_offset, self.nested_map)
-        return (self.weight, *statistics, self.out_features, self.in_features, self.block_size)
+        try:
+            # Past nn.Module's search for attributes, which takes longer than some products.
+            held = self._parameters
+            tensors = tuple([held[name] for name in ("weight", *_STATISTICS)])
+        except KeyError:  # somebody keeps a parameter elsewhere (parametrizations do)
+            tensors = tuple(getattr(self, name) for name in ("weight", *_STATISTICS))
+        return (*tensors, self.out_features, self.in_features, self.block_size)
 
     def inputs(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """x and bias in the dtype to compute in."""
         dtype = self.compute_dtype or x.dtype
         if _autocast(x):
             dtype = torch.get_autocast_dtype(x.device.type)
-        bias = None if self.bias is None else self.bias.to(dtype)
-        return x.to(dtype), bias
+        bias: Tensor | None = self.bias
+        if bias is not None and bias.dtype != dtype:
+            bias = bias.to(dtype)
+        return x if x.dtype == dtype else x.to(dtype), bias
 
     def forward(self, x: Tensor) -> Tensor:
         """x: [..., in] → [..., out] in x's dtype (autocast's, where that is on)."""
@@ -125,7 +132,7 @@ class NF4Linear(nn.Linear):
 
     @staticmethod
     def _outputs(y: Tensor, x: Tensor) -> Tensor:
-        return y if _autocast(x) else y.to(x.dtype)
+        return y if y.dtype == x.dtype or _autocast(x) else y.to(x.dtype)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> NF4Linear:
         # `.to(dtype)`, `.half()`, `.type()` must not convert codes or statistics, whose dtype is

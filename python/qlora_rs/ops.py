@@ -87,6 +87,16 @@ def check_activations(
 
     shape: the matrix that multiplies them; values: a tensor where the weight is.
     """
+    # The usual case by the cheapest questions: this is asked for every layer of every token.
+    if (
+        x.is_cpu
+        and values.is_cpu
+        and bias is None
+        and x.dtype in FLOATS
+        and x.dim() > 0
+        and x.shape[-1] == shape[1]
+    ):
+        return
     if x.dtype not in ACTIVATIONS:
         raise QloraError(
             f"{name} must be float32, float16, bfloat16 or float64, got {x.dtype}; convert it first"
@@ -125,7 +135,7 @@ def check_lora(lora_a: Tensor, lora_b: Tensor, packed: Packed) -> None:
     """Refuse adapter matrices that do not fit the weight."""
     rank = lora_a.shape[0] if lora_a.dim() == 2 else -1
     expected = ((rank, packed.in_features), (packed.out_features, rank))
-    if (tuple(lora_a.shape), tuple(lora_b.shape)) != expected:
+    if (lora_a.shape, lora_b.shape) != expected:
         raise QloraError(
             f"lora_a must be [r, {packed.in_features}] and lora_b [{packed.out_features}, r] for "
             f"one r, got {list(lora_a.shape)} and {list(lora_b.shape)}"
@@ -143,8 +153,14 @@ def _check_bias(bias: Tensor | None, out_features: int) -> None:
 
 def _rows(x: Tensor) -> Tensor:
     """Any leading shape and strides → contiguous [rows, features]."""
-    # Not reshape(-1, ...): with no features, -1 could be anything.
-    return x.detach().resolve_neg().reshape(math.prod(x.shape[:-1]), x.shape[-1]).contiguous()
+    x = cpu.plain(x)
+    # Not view(-1, ...): with no features, -1 could be anything.
+    return x if x.dim() == 2 else x.view(math.prod(x.shape[:-1]), x.shape[-1])
+
+
+def _shaped(y: Tensor, x: Tensor) -> Tensor:
+    """y [rows, features] with the leading dimensions of x."""
+    return y if x.dim() == 2 else y.view(*x.shape[:-1], y.shape[-1])
 
 
 def _compute(tensor: Tensor) -> Any:
@@ -195,7 +211,7 @@ def linear(x: Tensor, *arguments: Any) -> Tensor:
     _check_bias(bias, packed.out_features)
     bias = None if bias is None else cpu.plain(bias)
     y = _compute(x).linear(_rows(x), packed, bias)
-    return y.view(*x.shape[:-1], packed.out_features)
+    return _shaped(y, x)
 
 
 @torch.library.register_fake("qlora_rs::linear")
@@ -211,7 +227,7 @@ def linear_backward(grad: Tensor, *arguments: Any) -> Tensor:
     packed = Packed(*arguments)
     check_activations("grad", grad, packed[6:4:-1], packed.codes)
     grad_x = _compute(grad).linear_backward(_rows(grad), packed)
-    return grad_x.view(*grad.shape[:-1], packed.in_features)
+    return _shaped(grad_x, grad)
 
 
 @torch.library.register_fake("qlora_rs::linear_backward")
@@ -230,7 +246,7 @@ def lora_linear(x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
     bias = None if bias is None else cpu.plain(bias)
     low_rank = LowRank(lora_a, lora_b, scaling)
     y, hidden = _compute(x).lora_linear(_rows(x), packed, low_rank, bias)
-    return y.view(*x.shape[:-1], packed.out_features), hidden
+    return _shaped(y, x), hidden
 
 
 @torch.library.register_fake("qlora_rs::lora_linear")

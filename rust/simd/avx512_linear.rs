@@ -44,9 +44,16 @@ pub(super) fn dot(a: &[f32], b: &[f32]) -> f32 {
             *sum = _mm512_fmadd_ps(a, b, *sum);
         }
     }
+    // A rank of 16 is all tail: no scalar loop here.
+    for (sum, (a, b)) in sums.iter_mut().zip(a_tail.chunks(16).zip(b_tail.chunks(16))) {
+        let mask = (u32::from(u16::MAX) >> (16 - a.len().min(b.len()))) as u16;
+        // SAFETY: the mask admits what both chunks hold.
+        let (a, b) =
+            unsafe { (_mm512_maskz_loadu_ps(mask, a.as_ptr()), _mm512_maskz_loadu_ps(mask, b.as_ptr())) };
+        *sum = _mm512_fmadd_ps(a, b, *sum);
+    }
     let sum = _mm512_add_ps(_mm512_add_ps(sums[0], sums[1]), _mm512_add_ps(sums[2], sums[3]));
-    let tail: f32 = a_tail.iter().zip(b_tail).map(|(a, b)| a * b).sum();
-    _mm512_reduce_add_ps(sum) + tail
+    _mm512_reduce_add_ps(sum)
 }
 
 /// Which of four neighbouring absmax each 32-bit lane takes, for lanes of 8 weights.

@@ -122,8 +122,8 @@ def load_quantized_folder(path: str | Path, dtype: str = "bfloat16") -> BaseMode
     """Load a folder of NF4 weights that we or bitsandbytes wrote, without bitsandbytes.
 
     dtype: of everything that is not packed. Memory: the folder's tensors, and as much again of the
-    system's file cache while they are read; the dense model never exists. Raises QloraError when something is missing, damaged
-    or of another kind; nothing is unpickled or downloaded.
+    system's file cache while they are read; the dense model never exists. Raises QloraError when
+    something is missing, damaged or of another kind; nothing is unpickled or downloaded.
     """
     path = Path(path).expanduser()
     transformers = import_transformers()
@@ -191,9 +191,7 @@ def _fill(model: Any, tensors: dict[str, torch.Tensor], path: Path) -> None:
         bias = tensors.pop(f"{name}.bias", None)
         replace_module(model, name, NF4Linear(packed, bias))
     dtypes = {name: parameter.dtype for name, parameter in model.named_parameters()}
-    tensors = {
-        name: tensor.to(dtypes.get(name, tensor.dtype)) for name, tensor in tensors.items()
-    }
+    tensors = {name: tensor.to(dtypes.get(name, tensor.dtype)) for name, tensor in tensors.items()}
     missing, unexpected = model.load_state_dict(tensors, strict=False, assign=True)
     tied = set(getattr(model, "_tied_weights_keys", None) or ())
     own = {
