@@ -86,3 +86,55 @@ def test_null_and_absurd_addresses_are_called_so():
         Refusal, match="the nearest is `argument 0` of 400 bytes, at its offset 400"
     ):
         copy(X, output(np.zeros(200, np.int16)), 101)
+
+
+@pytest.mark.parametrize(
+    ("given", "sentence"),
+    [
+        ({"arch": "80"}, "arch: expected a name such as \"sm_80\"; got '80'"),
+        ({"arch": "sm_10"}, "This NVRTC has no sm_10; the emulator is for sm_80 to sm_120"),
+        ({"options": "-DX=1"}, r"options: expected a list of flags, \['-DX=1'\]; got a str"),
+        ({"source": "#include <cuda_fp16.h>"}, "headers are found with headers=True"),
+    ],
+)
+def test_what_cannot_be_compiled_comes_with_advice(given, sentence):
+    with pytest.raises((TypeError, ValueError), match=sentence):
+        compile_cuda(**{"source": SOURCE, **given})
+
+
+def test_a_mangled_kernel_is_recognised():
+    module = Module(compile_cuda(SOURCE.removeprefix('extern "C" ')))
+    with pytest.raises(
+        Refusal, match=r'no kernel `copy`; it has: _Z4copy.* \(declare it extern "C"'
+    ):
+        module.launch("copy", [], grid=1, block=1)
+
+
+def test_shared_variables_are_named_and_a_missing_barrier_is_mentioned():
+    source = """template<int N> __device__ int twice(int i) {
+        __shared__ int cell12[N]; cell12[i] = i; return cell12[i ^ 1];
+    }
+    extern "C" __global__ void kernel(int* y) {
+        __shared__ int part[256]; extern __shared__ int spare[];
+        const int t = threadIdx.x;
+        if (MODE == 0) { part[t] = t; y[t] = part[t ^ 32]; }
+        else if (MODE == 1) { spare[t] = t; y[t] = spare[t ^ 1]; }
+        else if (MODE == 2) y[t] = twice<64>(t);
+        else { if (t >= 32) part[t] = t; __syncthreads(); y[t] = part[t]; }
+    }"""
+
+    def said(mode: int) -> str:
+        module = Module(compile_cuda(source, options=[f"-DMODE={mode}"]))
+        with pytest.raises(Refusal) as refused:
+            module.launch("kernel", [output(X[:64])], grid=1, block=64, shared=256)
+        return str(refused.value)
+
+    hint = "(a missing __syncthreads looks like this too)"
+    first = said(0)
+    assert "`part` + 128 in shared memory" in first
+    assert hint in first
+    assert "read of `spare` + 4 in shared memory races" in said(1)
+    assert "nothing, such as __syncthreads, that orders the two" in said(1)
+    assert "`cell12` + 4 in shared memory" in said(2)
+    assert "`part` + 0 in shared memory" in said(3)
+    assert hint in said(3)

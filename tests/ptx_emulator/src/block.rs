@@ -120,6 +120,7 @@ impl Block {
         let bytes = program.dynamic_shared.max(program.static_shared) + launch.dynamic_shared;
         let bytes = if launch.dynamic_shared == 0 { program.static_shared } else { bytes };
         self.shared.reset(bytes, program.granule, warps, launch.options.races);
+        self.shared.names = program.shared_names.clone();
         self.order.reset(warps);
         self.pipelines.clear();
         self.pipelines.resize_with(threads as usize, Pipeline::default);
@@ -390,7 +391,9 @@ impl Block {
             let (thread, place) = (coordinates(other.thread), program.place(other.pc));
             let verb = other.verb;
             let sentence = if fault.complaint == Complaint::Race {
-                format!(" with thread {thread}, which {verb} at {place}, with nothing that orders the two")
+                format!(
+                    " with thread {thread}, which {verb} at {place}, with nothing, such as __syncthreads, that orders the two"
+                )
             } else {
                 format!("; thread {thread} {verb} at {place}")
             };

@@ -78,6 +78,9 @@ pub(crate) fn decode(
 ) -> Result<Program, Refusal> {
     let entry = module.functions.get(name).filter(|function| function.is_entry).ok_or_else(|| {
         let known = module.entries.join(", ");
+        let mangled =
+            module.entries.iter().any(|entry| entry.starts_with(&format!("_Z{}{name}", name.len())));
+        let known = if mangled { known + " (declare it extern \"C\" to keep its name)" } else { known };
         Refusal::new(Complaint::Launch, format!("the module has no kernel `{name}`; it has: {known}"))
     })?;
     let mut decoder = Decoder {
@@ -131,6 +134,7 @@ pub(crate) fn decode(
         granule: decoder.granule,
         max_threads: entry.max_threads,
         bypasses,
+        shared_names: Arc::new(decoder.shared.names),
     })
 }
 

@@ -6,6 +6,7 @@
 use crate::compare::Combine;
 use crate::convert::Convert;
 use crate::lanes::Kernel;
+use crate::layout::SharedNames;
 use crate::syntax::SourceLine;
 use crate::types::{Space, Type};
 
@@ -450,4 +451,5 @@ pub(crate) struct Program {
     pub(crate) max_threads: Option<u32>,
     /// Ways round barriers: the program counter of each one's branch.
     pub(crate) bypasses: Vec<u32>,
+    pub(crate) shared_names: std::sync::Arc<SharedNames>,
 }

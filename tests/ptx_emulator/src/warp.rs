@@ -120,7 +120,10 @@ impl Warp {
         }
         let name = &program.slot_names[slot as usize];
         let source = self.stray.map_or_else(String::new, |(pc, offset)| {
-            format!("; the warp last read such bytes at shared offset {offset}, {}", program.place(pc))
+            let (offset, place) = (program.shared_names.place(offset), program.place(pc));
+            format!(
+                "; the warp last read such bytes at {offset}, {place} (a missing __syncthreads looks like this too)"
+            )
         });
         let text =
             format!("{what} comes from register `{name}`, which depends on something never written{source}");
