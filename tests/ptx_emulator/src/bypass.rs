@@ -26,7 +26,9 @@ fn meeting_points(after: &[Vec<usize>]) -> Vec<Option<usize>> {
     let end = after.len();
     let mut before = vec![Vec::new(); end + 1];
     for (pc, next) in after.iter().enumerate() {
-        next.iter().for_each(|&to| before[to].push(pc));
+        for &to in next {
+            before[to].push(pc);
+        }
     }
     // Postorder from the end, by a stack of (node, how many of its predecessors were taken).
     let mut rank = vec![usize::MAX; end + 1];
