@@ -2,7 +2,8 @@
 
 Everything else is what a GPU gets: sources and options from `kernels.compile_kernel`, grid and
 block from the launch. Buffers are handed to the emulator with what the kernel may do with each, so
-a write to an input, a read of an output or of memory beyond a tensor is refused.
+a write to an input, a read of an output or of memory beyond a tensor is refused, and so is an
+output of which a byte is left unwritten.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from ptx_emulator import Module, Result, inout, output
+from ptx_emulator import Module, Refusal, Result, inout, output
 from torch import Tensor
 
 from qlora_rs import kernels
@@ -79,6 +80,9 @@ class EmulatedGPU:
         result = code.launch(
             launch.kernel, lent, grid=launch.grid, block=launch.block, **self.options
         )
+        # Else an output could hold the right answer of an earlier launch in recycled memory.
+        if result.unwritten:
+            raise Refusal("unwritten", f"{launch.kernel} leaves bytes out: {result.unwritten}")
         for tensor, content in zip(written, result.arrays, strict=True):
             as_array(tensor)[:] = content
         self.results.append(result)

@@ -86,6 +86,8 @@ extern "C" __global__ void kernel(const int* x, int* y, int n) {
     [
         Bug("missing barrier after filling", "__syncthreads();  // filled", "", "race", ("uninitialised",)),
         Bug("missing barrier in the loop", "__syncthreads();  // summed", "", "race"),
+        Bug("barrier in the loop only for the threads that add", "__syncthreads();  // summed",
+            "if (threadIdx.x < step) __syncthreads();", "divergent-barrier", ("race",)),
         Bug("tail off by one", "i < n", "i <= n", "out-of-bounds"),
         Bug("uninitialised tail", "part[threadIdx.x] = i < n ? x[i] : 0;",
             "if (i < n) part[threadIdx.x] = x[i];", "uninitialised"),

@@ -163,6 +163,12 @@ MUTANTS = (
         "out-of-bounds",
     ),
     dequantize(
+        "the last odd weight is not stored",
+        "for (int i = at; i < left; ++i)",
+        "for (int i = at; i + 1 < left; ++i)",
+        "unwritten",
+    ),
+    dequantize(
         "a group beyond the last is read",
         " && first_group + threadIdx.x <= last_block / NESTED_BLOCK",
         "",

@@ -28,6 +28,8 @@ CASES = [
     ("mul.wide.u16", "b32", "b16 b16", [(0xFFFF, 0xFFFF, 0xFFFE0001)]),
     ("mul24.lo.s32", "b32", "b32 b32", [(0xFFFFFF, 5, M - 4)]),
     ("mul24.hi.u32", "b32", "b32 b32", [(0xFFFFFF, 0xFFFFFF, 0xFFFFFE00)]),
+    ("mad24.hi.u32", "b32", "b32 b32 b32", [(0xFFFFFF, 0xFFFFFF, 0x201, 1)]),
+    ("mad24.hi.s32", "b32", "b32 b32 b32", [(0xFFFFFF, 0x10000, 7, 6), (0x7FFFFF, 2, 0, 255)]),
     ("mad.lo.s32", "b32", "b32 b32 b32", [(3, 4, 5, 17), (M, M, M, 0)]),
     ("mad.hi.u32", "b32", "b32 b32 b32", [(M, M, 1, M)]),
     ("mad.wide.u32", "b64", "b32 b32 b64", [(M, M, M, M * M + M)]),

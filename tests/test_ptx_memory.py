@@ -177,7 +177,7 @@ def test_unwritten_shared_memory_may_be_read_and_copied_but_never_decide_a_resul
     found = run(UNFILLED.replace("SHOWN", "4"), fresh).arrays[0]
     np.testing.assert_array_equal(found, [0, 1, 3, 6])
     with pytest.raises(
-        Refusal, match=r"uninitialised.*thread \(4, 0, 0\).*the value stored.*shared offset"
+        Refusal, match=r"uninitialised.*thread \(4, 0, 0\).*the value stored.*shared memory"
     ):
         run(UNFILLED.replace("SHOWN", "5"), output(np.zeros(8, np.int32)))
 
@@ -196,7 +196,7 @@ def test_a_matrix_loaded_from_unwritten_shared_memory_may_not_be_multiplied():
     fresh = output(np.zeros(32, np.int32))
     # The fourth matrix is loaded and dropped, as the last turn of a pipeline does.
     assert (run(body.replace("FILLED", "96"), fresh).arrays[0] == 8).all()
-    with pytest.raises(Refusal, match=r"uninitialised.*operand B.*shared offset 368"):
+    with pytest.raises(Refusal, match=r"uninitialised.*operand B.*`tile` \+ 368 in shared memory"):
         run(body.replace("FILLED", "95"), fresh)
 
 

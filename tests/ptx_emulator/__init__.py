@@ -9,7 +9,17 @@ Arrays are numpy arrays. A plain array is an input that the kernel must not writ
 and `window` say otherwise. Results are new arrays: inputs are never changed.
 """
 
+from ptx_emulator.arguments import inout, output, window
 from ptx_emulator.compile import compile_cuda
-from ptx_emulator.launch import Module, Refusal, Result, inout, output, window
+from ptx_emulator.launch import Module, Refusal, Result, Unwritten
 
-__all__ = ["Module", "Refusal", "Result", "compile_cuda", "inout", "output", "window"]
+__all__ = [
+    "Module",
+    "Refusal",
+    "Result",
+    "Unwritten",
+    "compile_cuda",
+    "inout",
+    "output",
+    "window",
+]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -35,8 +36,13 @@ def compile_cuda(
     """PTX of CUDA C source for an architecture such as "sm_80".
 
     With `headers`, CUDA's own headers (cuda_fp16.h, mma.h, cooperative_groups.h, ...) can be
-    included. Raises ValueError with the compiler's log when the source does not compile.
+    included. Messages and counters call the source "kernel.cu". Raises ValueError with the
+    compiler's log when the source does not compile.
     """
+    if not re.fullmatch(r"(sm|compute)_\d+[af]?", arch):
+        raise ValueError(f'arch: expected a name such as "sm_80"; got {arch!r}')
+    if isinstance(options, str):
+        raise TypeError(f"options: expected a list of flags, [{options!r}]; got a str")
     library = _nvrtc()
     program = ctypes.c_void_p()
     library.nvrtcCreateProgram(ctypes.byref(program), source.encode(), b"kernel.cu", 0, None, None)
@@ -47,12 +53,20 @@ def compile_cuda(
     try:
         failed = library.nvrtcCompileProgram(program, len(flags), arguments)
         if failed:
-            raise ValueError(
-                _text(library.nvrtcGetProgramLogSize, library.nvrtcGetProgramLog, program)
-            )
+            log = _text(library.nvrtcGetProgramLogSize, library.nvrtcGetProgramLog, program)
+            raise ValueError(log + _advice(log, arch, headers))
         return _text(library.nvrtcGetPTXSize, library.nvrtcGetPTX, program)
     finally:
         library.nvrtcDestroyProgram(ctypes.byref(program))
+
+
+def _advice(log: str, arch: str, headers: bool) -> str:
+    """What to do about a compiler's complaint, where it does not say so itself."""
+    if "could not open source file" in log and not headers:
+        return "CUDA's own headers are found with headers=True."
+    if "invalid value for --gpu-architecture" in log:
+        return f"This NVRTC has no {arch}; the emulator is for sm_80 to sm_120."
+    return ""
 
 
 def _text(size_function, text_function, program: ctypes.c_void_p) -> str:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from ptx_emulator import _native
+from ptx_emulator.arguments import Buffer, lend, seeded, three, value, whole
 
 
 class Refusal(Exception):
@@ -24,54 +25,35 @@ class Refusal(Exception):
         self.complaint = complaint
 
 
-@dataclass(frozen=True)
-class Buffer:
-    """An array lent to a kernel, and what the kernel may do with it."""
+class Unwritten(NamedTuple):
+    """The part of an output that a kernel left out: how many bytes, and the offset of the first."""
 
-    array: np.ndarray
-    writable: bool
-    defined: bool
-    offset: int = 0
+    bytes: int
+    first: int
 
 
-def output(array: np.ndarray, offset: int = 0) -> Buffer:
-    """A buffer that the kernel fills; reading it before writing is refused."""
-    return Buffer(array, writable=True, defined=False, offset=offset)
-
-
-def inout(array: np.ndarray, offset: int = 0) -> Buffer:
-    """A buffer that the kernel reads and writes."""
-    return Buffer(array, writable=True, defined=True, offset=offset)
-
-
-def window(array: np.ndarray, offset: int) -> Buffer:
-    """An input that stands `offset` bytes behind the pointer that the kernel gets.
-
-    Nothing else behind the pointer may be touched. So a few blocks of a launch over a tensor of
-    many gigabytes can run (with `blocks=`), and a misaligned view can be lent. `output` and `inout`
-    take the same offset.
-    """
-    return Buffer(array, writable=False, defined=True, offset=offset)
-
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Result:
     """What a launch left: the arrays written, in the order of the arguments, and the counts.
 
     `arrays` holds one array for each `output` and `inout` argument. `counters` is a dict (see the
     README for its keys), `table` the same for people. `variables` holds the module's `__device__`
-    variables as bytes.
+    variables as bytes, by their name in the PTX, as the launch left them. `unwritten` names, by
+    index of the argument, each `output` of which the kernel left bytes unwritten; empty for a
+    kernel that fills its outputs.
     """
 
     arrays: list[np.ndarray]
     counters: dict[str, Any]
     table: str
     variables: dict[str, bytes] = field(default_factory=dict)
+    unwritten: dict[int, Unwritten] = field(default_factory=dict)
 
-
-def _three(size: int | Sequence[int]) -> list[int]:
-    sizes = [size] if isinstance(size, int | np.integer) else list(size)
-    return [*map(int, sizes), 1, 1][:3]
+    def __repr__(self) -> str:
+        shapes = ", ".join(f"{array.dtype}{list(array.shape)}" for array in self.arrays)
+        count = f"{self.counters['warp_instructions']} warp instructions"
+        holes = f", unwritten: {self.unwritten}" if self.unwritten else ""
+        return f"<Result of {self.counters['kernel']}: {shapes or 'no arrays'}, {count}{holes}>"
 
 
 class Module:
@@ -105,6 +87,7 @@ class Module:
         blocks: Sequence[int] | None = None,
         resident: int = 128,
         races: bool = True,
+        barriers: bool = True,
     ) -> Result:
         """Run a kernel over a grid.
 
@@ -116,77 +99,69 @@ class Module:
         schedule: "ascending", "descending", "ahead" or "random:SEED" (warps, diverged lanes and
         blocks). async_timing: "latest" or "earliest". matrix_model: "exact", "sequential", "a100"
         or "h100". blocks: linear indices of the blocks to run, all by default. resident: blocks on
-        the GPU at once. races: refuse races on shared memory.
+        the GPU at once. races: refuse races on shared memory. barriers: refuse a barrier that some
+        threads of its block went round and completed by ending.
 
-        Raises Refusal.
+        Raises Refusal for the kernel and the launch; TypeError, ValueError or OverflowError for
+        arguments and options that are of no use.
         """
         parameters = self._parameters(kernel)
         if len(arguments) != len(parameters):
             counts = f"{len(arguments)} arguments for {len(parameters)} parameters"
             raise Refusal("launch", f"{kernel}: {counts}")
-        buffers: list[Buffer] = []
+        buffers: list[tuple[int, Buffer]] = []
         native: list[Any] = []
         for index, (argument, parameter) in enumerate(zip(arguments, parameters, strict=True)):
-            if isinstance(argument, np.ndarray) and argument.ndim:
-                argument = Buffer(argument, writable=False, defined=True)
-            if isinstance(argument, Buffer):
-                buffers.append(argument)
-                content = np.ascontiguousarray(argument.array).tobytes()
-                native.append(
-                    (
-                        f"argument {index}",
-                        content,
-                        argument.offset,
-                        argument.defined,
-                        not argument.writable,
-                    )
+            buffer = lend(index, argument)
+            if buffer is None:
+                native.append(value(index, argument, *parameter))
+                continue
+            buffers.append((index, buffer))
+            content = np.ascontiguousarray(buffer.array).tobytes()
+            native.append(
+                (
+                    f"argument {index}",
+                    content,
+                    buffer.offset,
+                    buffer.defined,
+                    not buffer.writable,
                 )
-            else:
-                native.append(_value(argument, *parameter))
-        word, _, seed = schedule.partition(":")
+            )
+        word, seed = seeded(schedule)
         try:
-            contents, variables, counters, table = self._module.launch(
+            contents, unwritten, variables, counters, table = self._module.launch(
                 kernel,
                 native,
-                _three(grid),
-                _three(block),
-                shared,
+                three("grid", grid),
+                three("block", block),
+                whole("shared", shared, 0, 2**31 - 1),
                 word,
-                int(seed or 0),
+                seed,
                 async_timing,
                 matrix_model,
-                workers,
-                instruction_limit,
-                None if blocks is None else list(map(int, blocks)),
-                resident,
+                whole("workers", workers, 0, 1024),
+                whole("instruction_limit", instruction_limit, 1, 2**63),
+                None if blocks is None else [whole("blocks", at, 0, 2**63) for at in blocks],
+                whole("resident", resident, 1, 2**31),
                 races,
+                barriers,
             )
         except _native.NativeRefusal as refusal:
             raise Refusal(*refusal.args) from None
         arrays = [
             np.frombuffer(content, dtype=buffer.array.dtype).reshape(buffer.array.shape).copy()
-            for content, buffer in zip(contents, buffers, strict=True)
+            for content, (_, buffer) in zip(contents, buffers, strict=True)
             if buffer.writable
         ]
-        return Result(arrays, json.loads(counters), table, dict(variables))
+        left_out = {
+            index: Unwritten(*part)
+            for (index, _), part in zip(buffers, unwritten, strict=True)
+            if part is not None
+        }
+        return Result(arrays, json.loads(counters), table, dict(variables), left_out)
 
     def _parameters(self, kernel: str) -> list[tuple[str, int, bool]]:
         try:
             return self._module.parameters(kernel)
         except _native.NativeRefusal as refusal:
             raise Refusal(*refusal.args) from None
-
-
-def _value(argument: Any, name: str, size: int, is_float: bool) -> bytes:
-    """The bytes of a value passed by copy."""
-    if argument is None:
-        return bytes(size)
-    if isinstance(argument, bytes):
-        return argument
-    if isinstance(argument, int | float):
-        if isinstance(argument, float) and not is_float:
-            raise TypeError(f"parameter `{name}` is an integer; got {argument!r}")
-        if is_float:
-            return np.array(argument, {2: np.float16, 4: np.float32, 8: np.float64}[size]).tobytes()
-        return int(argument).to_bytes(size, "little", signed=argument < 0)
-    return np.asarray(argument).tobytes()

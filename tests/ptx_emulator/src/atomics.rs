@@ -127,7 +127,10 @@ impl Block {
                         let defined =
                             self.shared.read(&self.order, who, offset, bytes, true).map_err(fail)?;
                         if !defined && atomic.op != AtomicOp::Exchange {
-                            let text = format!("atomic on shared offset {offset}, which holds no value");
+                            let text = format!(
+                                "atomic on {}, which holds no value",
+                                self.shared.names.place(offset)
+                            );
                             return Err(Fault::new(Complaint::Uninitialised, lane as u32, text));
                         }
                         let old = self.shared.get(offset, bytes);

@@ -1,7 +1,7 @@
 //! Barriers of a block: bar.sync, bar.arrive, bar.red and barrier.sync.
 
 use crate::block::{BarrierState, Block, Launch, lanes, optional};
-use crate::fault::Fault;
+use crate::fault::{Fault, Other};
 use crate::program::{Barrier, NONE, Reduction};
 use crate::refusal::Complaint;
 use crate::warp::Wait;
@@ -85,8 +85,41 @@ impl Block {
             if !complete {
                 continue;
             }
+            if state.expected.is_none() && state.arrived < launch.threads() {
+                self.completed_by_exits += 1;
+                if launch.options.barriers {
+                    self.refuse_bypasses(launch, id as u32)?;
+                }
+            }
             let state = std::mem::take(&mut self.barriers[id]);
             self.open(launch, id as u32, &state);
+        }
+        Ok(())
+    }
+
+    /// A barrier is complete because threads have ended: refuses it when one of them had gone round it.
+    fn refuse_bypasses(&self, launch: &Launch, id: u32) -> Result<(), Fault> {
+        let waiting = self.warps.iter().flat_map(|warp| {
+            let here = warp.groups.iter().filter(|group| group.wait == Wait::Barrier(id));
+            here.map(move |group| (warp, group.pc - 1, group.mask.trailing_zeros() as usize))
+        });
+        for (warp, pc, lane) in waiting {
+            for (number, &bypass) in launch.program.bypasses.iter().enumerate() {
+                for thread in 0..launch.threads() {
+                    let (ended, other) = (&self.warps[thread as usize / 32], thread as usize % 32);
+                    // Those who wait went the same ways as those who have ended, and then on to here.
+                    let strayed = ended.passes[number][other] > warp.passes[number][lane];
+                    if ended.live >> other & 1 == 0 && strayed {
+                        let text = format!(
+                            "barrier {id} at {} was completed by the end of threads that had gone round a barrier; \
+                             all threads of the block must reach a barrier in conditional code, or none",
+                            launch.program.place(pc)
+                        );
+                        let other = Some(Other { thread, pc: bypass, verb: "did so" });
+                        return Err(Fault { complaint: Complaint::DivergentBarrier, lane: 0, text, other });
+                    }
+                }
+            }
         }
         Ok(())
     }

@@ -70,6 +70,8 @@ pub(crate) struct Block {
     /// The same for the slice that ended last.
     pub(crate) changed_in_slice: bool,
     pub(crate) issued: u64,
+    /// Barriers that were completed because threads had ended.
+    pub(crate) completed_by_exits: u64,
     random: u64,
     /// Past states of groups since the last change: warp, lanes, and a hash of program counter and registers.
     past: HashSet<(usize, u32, u64)>,
@@ -95,6 +97,7 @@ impl Block {
             changed: true,
             changed_in_slice: true,
             issued: 0,
+            completed_by_exits: 0,
             random: 0,
             past: HashSet::new(),
             changes_seen: 0,
@@ -117,6 +120,7 @@ impl Block {
         let bytes = program.dynamic_shared.max(program.static_shared) + launch.dynamic_shared;
         let bytes = if launch.dynamic_shared == 0 { program.static_shared } else { bytes };
         self.shared.reset(bytes, program.granule, warps, launch.options.races);
+        self.shared.names = program.shared_names.clone();
         self.order.reset(warps);
         self.pipelines.clear();
         self.pipelines.resize_with(threads as usize, Pipeline::default);
@@ -124,6 +128,7 @@ impl Block {
         self.barriers.resize(16, BarrierState::default());
         self.changed = true;
         self.issued = 0;
+        self.completed_by_exits = 0;
         self.past.clear();
         let seed = match launch.options.schedule {
             Schedule::Random(seed) => seed,
@@ -200,6 +205,7 @@ impl Block {
             }
             // Before the look at the slice: a block that ends as its slice does is not set aside.
             if self.warps.iter().all(|warp| warp.live == 0) {
+                counters.barriers_completed_by_exits += self.completed_by_exits;
                 return Ok(Progress::Finished);
             }
             if !advanced && !self.any_ready() {
@@ -385,7 +391,9 @@ impl Block {
             let (thread, place) = (coordinates(other.thread), program.place(other.pc));
             let verb = other.verb;
             let sentence = if fault.complaint == Complaint::Race {
-                format!(" with thread {thread}, which {verb} at {place}, with nothing that orders the two")
+                format!(
+                    " with thread {thread}, which {verb} at {place}, with nothing, such as __syncthreads, that orders the two"
+                )
             } else {
                 format!("; thread {thread} {verb} at {place}")
             };

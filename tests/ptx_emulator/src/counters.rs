@@ -25,11 +25,12 @@ pub(crate) struct Count {
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Counters {
     pub(crate) counts: Vec<Count>,
+    pub(crate) barriers_completed_by_exits: u64,
 }
 
 impl Counters {
     pub(crate) fn new(instructions: usize) -> Self {
-        Self { counts: vec![Count::default(); instructions] }
+        Self { counts: vec![Count::default(); instructions], barriers_completed_by_exits: 0 }
     }
 
     /// A warp issues an instruction for these lanes.
@@ -40,6 +41,7 @@ impl Counters {
     }
 
     pub(crate) fn merge(&mut self, other: &Self) {
+        self.barriers_completed_by_exits += other.barriers_completed_by_exits;
         for (a, b) in self.counts.iter_mut().zip(&other.counts) {
             a.warps += b.warps;
             a.threads += b.threads;

@@ -6,6 +6,7 @@ mod matrix;
 mod memory;
 mod operands;
 
+use crate::bypass;
 use crate::layout::{LOCAL_BASE, SharedLayout, align_up, shared_layout};
 use crate::program::{Class, Inst, NONE, Op, Parameter, Program, Slot, Special};
 use crate::refusal::{Complaint, Refusal};
@@ -77,6 +78,9 @@ pub(crate) fn decode(
 ) -> Result<Program, Refusal> {
     let entry = module.functions.get(name).filter(|function| function.is_entry).ok_or_else(|| {
         let known = module.entries.join(", ");
+        let mangled =
+            module.entries.iter().any(|entry| entry.starts_with(&format!("_Z{}{name}", name.len())));
+        let known = if mangled { known + " (declare it extern \"C\" to keep its name)" } else { known };
         Refusal::new(Complaint::Launch, format!("the module has no kernel `{name}`; it has: {known}"))
     })?;
     let mut decoder = Decoder {
@@ -113,6 +117,7 @@ pub(crate) fn decode(
     decoder.inline(entry, addresses, HashMap::new(), None)?;
     decoder.push(Op::Exit, Class::Control, 0, (0, 0));
     decoder.resolve_labels()?;
+    let bypasses = bypass::find(&mut decoder.insts);
     Ok(Program {
         name: name.to_owned(),
         insts: decoder.insts,
@@ -128,6 +133,8 @@ pub(crate) fn decode(
         local_bytes: decoder.local_bytes,
         granule: decoder.granule,
         max_threads: entry.max_threads,
+        bypasses,
+        shared_names: Arc::new(decoder.shared.names),
     })
 }
 
@@ -243,14 +250,14 @@ impl<'m> Decoder<'m> {
         let (op, class) = match opcode.name {
             "call" => return self.call(frame, instruction, &opcode),
             "ret" => match frame.end_label {
-                Some(label) => (Op::Branch { target: label }, Class::Control),
+                Some(label) => (Op::Branch { target: label, bypasses: [NONE; 2] }, Class::Control),
                 None => (Op::Exit, Class::Control),
             },
             "exit" => (Op::Exit, Class::Control),
             "trap" => (Op::Trap("the kernel executed `trap`".to_owned()), Class::Control),
             "bra" => match instruction.operands.first() {
                 Some(Operand::Label(label)) => {
-                    (Op::Branch { target: frame.label_base + label }, Class::Control)
+                    (Op::Branch { target: frame.label_base + label, bypasses: [NONE; 2] }, Class::Control)
                 }
                 _ => return opcode.unknown(" with this target"),
             },
@@ -359,7 +366,7 @@ impl<'m> Decoder<'m> {
         for inst in &mut self.insts {
             let line = inst.line;
             match &mut inst.op {
-                Op::Branch { target } => *target = find(*target, line)?,
+                Op::Branch { target, .. } => *target = find(*target, line)?,
                 Op::BranchTable { targets, .. } => {
                     for target in targets {
                         *target = find(*target, line)?;

@@ -1,8 +1,24 @@
 //! Global memory: buffers with guard zones, shared by all blocks.
 
 use crate::fault::Fault;
+use crate::layout::GUARD_BYTES;
 use crate::refusal::Complaint;
 use std::sync::atomic::{AtomicU8, AtomicU32, Ordering::Relaxed};
+
+/// What bytes of an output that nothing has written look like: a NaN in f32, f16 and bf16.
+const POISON: u8 = 0xff;
+
+/// Addresses below are a null pointer and what an index makes of it.
+const NULL_BYTES: u64 = 1 << 32;
+
+/// The part of an output that a kernel left out.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Unwritten {
+    /// How many bytes.
+    pub bytes: usize,
+    /// The offset of the first.
+    pub first: usize,
+}
 
 /// One buffer. Words are atomic because blocks run on several CPU threads; a kernel that races on global
 /// memory gives unspecified values here as on a GPU, never undefined behaviour.
@@ -132,11 +148,32 @@ impl Buffer {
         (count(1), count(2))
     }
 
-    /// The bytes as they stand.
+    /// The bytes as they stand. Those that nothing has written are poison: what the caller's array held before
+    /// must not pass for a result.
     pub(crate) fn content(&self) -> Vec<u8> {
         let all: Vec<u8> = self.words.iter().flat_map(|word| word.load(Relaxed).to_le_bytes()).collect();
         let head = (self.base % 4) as usize;
-        all[head..head + self.bytes].to_vec()
+        let mut content = all[head..head + self.bytes].to_vec();
+        for at in self.holes() {
+            content[at] = POISON;
+        }
+        content
+    }
+
+    /// How many bytes nothing has written, and the offset of the first; None when there are none.
+    pub(crate) fn unwritten(&self) -> Option<Unwritten> {
+        let first = self.holes().next()?;
+        Some(Unwritten { bytes: self.holes().count(), first })
+    }
+
+    /// Offsets of the bytes that nothing has written.
+    fn holes(&self) -> impl Iterator<Item = usize> + '_ {
+        let head = (self.base % 4) as usize;
+        let written = move |defined: &[AtomicU8], at: usize| {
+            defined[(head + at) / 4].load(Relaxed) >> ((head + at) % 4) & 1 == 1
+        };
+        let tracked = self.defined.as_deref();
+        tracked.into_iter().flat_map(move |defined| (0..self.bytes).filter(move |&at| !written(defined, at)))
     }
 }
 
@@ -209,12 +246,19 @@ impl Memory {
 
     fn outside(&self, address: u64, bytes: usize, write: bool) -> Fault {
         let verb = if write { "write" } else { "read" };
-        let nearest = self.buffers.iter().min_by_key(|buffer| {
+        if address < NULL_BYTES {
+            let text =
+                format!("{verb} of {bytes} bytes at {address:#x}: a null pointer, or an index from one");
+            return Fault::new(Complaint::OutOfBounds, 0, text);
+        }
+        let distance = |buffer: &Buffer| {
             let end = buffer.base + buffer.bytes as u64;
             buffer.base.saturating_sub(address).max(address.saturating_sub(end.saturating_sub(1)))
-        });
+        };
+        let nearest = self.buffers.iter().min_by_key(|buffer| distance(buffer));
         let place = match nearest {
             None => "the launch has no buffers".to_owned(),
+            Some(buffer) if distance(buffer) > GUARD_BYTES => "no buffer is near".to_owned(),
             Some(buffer) => {
                 let offset = i128::from(address) - i128::from(buffer.base);
                 format!("the nearest is `{}` of {} bytes, at its offset {offset}", buffer.name, buffer.bytes)

@@ -84,6 +84,14 @@ pub(crate) fn kernel(name: &str, suffixes: &[&str], kind: Type) -> Option<Kernel
                 lanewise!(u64, u32; a, b, c => (a & 0xff_ffff) * (b & 0xff_ffff) + c)
             }
         }
+        // The upper 32 of the product's 48 bits, plus the third.
+        "mad24" if !has("sat") => {
+            if kind.is_signed() {
+                lanewise!(u32, u32; a, b, c => (signed_24(a) * signed_24(b) >> 16) + i64::from(c))
+            } else {
+                lanewise!(u64, u32; a, b, c => ((a & 0xff_ffff) * (b & 0xff_ffff) >> 16) + c)
+            }
+        }
         "sad" if kind.is_signed() => signed!(bytes; a, b, c => c.wrapping_add(a.abs_diff(b) as _)),
         "sad" => unsigned!(bytes; a, b, c => c.wrapping_add(a.abs_diff(b))),
         // Division by zero is unspecified; all ones is what the hardware's code gives.

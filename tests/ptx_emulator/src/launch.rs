@@ -2,7 +2,7 @@
 
 use crate::block::Launch;
 use crate::decode::decode;
-use crate::global::{Buffer, Memory};
+use crate::global::{Buffer, Memory, Unwritten};
 use crate::grid;
 use crate::layout::{BUFFER_BASE, GUARD_BYTES, ModuleBuffer, module_buffers};
 use crate::options::Options;
@@ -44,6 +44,8 @@ pub struct BufferArgument {
 pub struct Outcome {
     /// The bytes of the buffer arguments, in the order of the arguments.
     pub buffers: Vec<Vec<u8>>,
+    /// For each of them what nothing has written, if it was lent as undefined.
+    pub unwritten: Vec<Option<Unwritten>>,
     /// Variables of the module in global memory, by name.
     pub variables: HashMap<String, Vec<u8>>,
     /// What was executed and moved.
@@ -197,12 +199,12 @@ impl Module {
         };
         let counters = grid::run(&launch)?;
         let report = Report::new(&program, &counters, &memory);
-        let find = |base: &u64| {
-            memory.buffers().iter().find(|buffer| buffer.base == *base).map_or(Vec::new(), Buffer::content)
-        };
+        let lent: Vec<Option<&Buffer>> =
+            names.iter().map(|base| memory.buffers().iter().find(|buffer| buffer.base == *base)).collect();
         let variables = self.variables.iter().filter(|variable| !variable.read_only);
         Ok(Outcome {
-            buffers: names.iter().map(find).collect(),
+            buffers: lent.iter().map(|buffer| buffer.map_or(Vec::new(), Buffer::content)).collect(),
+            unwritten: lent.iter().map(|buffer| buffer.and_then(Buffer::unwritten)).collect(),
             variables: variables
                 .filter_map(|variable| memory.by_name(&variable.name))
                 .map(|buffer| (buffer.name.clone(), buffer.content()))

@@ -93,6 +93,56 @@ fn mentioned<'a>(operand: &'a Operand, into: &mut HashSet<&'a str>) {
     }
 }
 
+/// A variable in shared memory.
+#[derive(Clone, Debug)]
+struct SharedName {
+    name: String,
+    offset: usize,
+    /// None: to the end, as `extern __shared__` arrays reach.
+    bytes: Option<usize>,
+}
+
+/// Names of the places in a kernel's shared memory, for messages.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct SharedNames(Vec<SharedName>);
+
+impl SharedNames {
+    fn add(&mut self, variable: &Variable, offset: usize) {
+        let bytes = (variable.bytes > 0).then_some(variable.bytes);
+        self.0.push(SharedName { name: source_name(&variable.name).to_owned(), offset, bytes });
+    }
+
+    /// A place as a variable and an offset in it.
+    pub(crate) fn place(&self, offset: usize) -> String {
+        let holds = |found: &&SharedName| {
+            let end = found.bytes.map_or(usize::MAX, |bytes| found.offset + bytes);
+            (found.offset..end).contains(&offset)
+        };
+        match self.0.iter().find(holds) {
+            Some(found) => format!("`{}` + {} in shared memory", found.name, offset - found.offset),
+            None => format!("shared offset {offset}"),
+        }
+    }
+}
+
+/// The variable's own name in a mangled one: `part` of `_ZZ9block_sumE4part`. Names of the Itanium ABI end in the
+/// length of the last part and that part, then perhaps `E` or the number of a twin.
+fn source_name(mangled: &str) -> &str {
+    if !mangled.starts_with("_Z") {
+        return mangled;
+    }
+    let twin = mangled.trim_end_matches(|c: char| c.is_ascii_digit());
+    let ends = [mangled, twin.strip_suffix('_').unwrap_or(mangled), mangled.trim_end_matches('E')];
+    let parts = ends.iter().flat_map(|end| {
+        (1..end.len()).filter_map(move |length| {
+            let (before, part) = end.split_at_checked(end.len() - length)?;
+            let starts = part.starts_with(|c: char| c == '_' || c.is_ascii_alphabetic());
+            (starts && before.ends_with(&length.to_string())).then_some(part)
+        })
+    });
+    parts.max_by_key(|part| part.len()).unwrap_or(mangled)
+}
+
 /// The shared memory of one kernel.
 #[derive(Debug, Default)]
 pub(crate) struct SharedLayout {
@@ -100,6 +150,7 @@ pub(crate) struct SharedLayout {
     pub(crate) named: HashMap<String, u64>,
     /// Variables of functions by function name and index.
     pub(crate) scoped: HashMap<(String, u32), u64>,
+    pub(crate) names: SharedNames,
     pub(crate) static_bytes: usize,
     pub(crate) dynamic_offset: usize,
 }
@@ -128,9 +179,11 @@ pub(crate) fn shared_layout(module: &Module, entry: &Function) -> SharedLayout {
         next += 1;
     }
     let mut offset = 0;
+    let mut shared_names = SharedNames::default();
     let mut place = |variable: &Variable| {
         offset = align_up(offset, variable.align);
         let address = SHARED_BASE + offset as u64;
+        shared_names.add(variable, offset);
         offset += variable.bytes;
         address
     };
@@ -156,8 +209,10 @@ pub(crate) fn shared_layout(module: &Module, entry: &Function) -> SharedLayout {
     layout.dynamic_offset = align_up(offset, dynamic_align);
     for variable in module.variables.iter().filter(used) {
         if variable.bytes == 0 {
+            shared_names.add(variable, layout.dynamic_offset);
             layout.named.insert(variable.name.clone(), SHARED_BASE + layout.dynamic_offset as u64);
         }
     }
+    layout.names = shared_names;
     layout
 }

@@ -11,6 +11,7 @@ mod syntax;
 mod types;
 
 // Syntax → program.
+mod bypass;
 mod decode;
 mod layout;
 mod program;
@@ -54,6 +55,7 @@ mod report;
 #[cfg(feature = "python")]
 mod python;
 
+pub use global::Unwritten;
 pub use launch::{Argument, BufferArgument, Module, Outcome};
 pub use options::{AsyncTiming, MatrixModel, Options, Schedule};
 pub use refusal::{Complaint, Refusal};

@@ -54,6 +54,8 @@ pub struct Options {
     pub resident: usize,
     /// Refuse races on shared memory.
     pub races: bool,
+    /// Refuse barriers that threads went round and completed by ending.
+    pub barriers: bool,
 }
 
 impl Default for Options {
@@ -67,6 +69,7 @@ impl Default for Options {
             blocks: None,
             resident: 128,
             races: true,
+            barriers: true,
         }
     }
 }

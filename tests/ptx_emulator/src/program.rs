@@ -6,6 +6,7 @@
 use crate::compare::Combine;
 use crate::convert::Convert;
 use crate::lanes::Kernel;
+use crate::layout::SharedNames;
 use crate::syntax::SourceLine;
 use crate::types::{Space, Type};
 
@@ -281,6 +282,8 @@ pub(crate) struct Barrier {
     pub(crate) aligned: bool,
     /// `bar.arrive`: does not wait.
     pub(crate) arrive: bool,
+    /// The bypass that lanes take whose guard is false, or NONE.
+    pub(crate) bypass: u32,
     /// `bar.red`: reduction, predicate slot and its negation, result slot.
     pub(crate) reduction: Option<(Reduction, Slot, bool, Slot)>,
 }
@@ -331,6 +334,8 @@ pub(crate) enum Op {
     },
     Branch {
         target: u32,
+        /// The bypasses that lanes take where the guard is true, and where it is false; NONE for none.
+        bypasses: [u32; 2],
     },
     BranchTable {
         index: Slot,
@@ -444,4 +449,7 @@ pub(crate) struct Program {
     /// Smallest access to shared memory in bytes: the granule of the race checks.
     pub(crate) granule: usize,
     pub(crate) max_threads: Option<u32>,
+    /// Ways round barriers: the program counter of each one's branch.
+    pub(crate) bypasses: Vec<u32>,
+    pub(crate) shared_names: std::sync::Arc<SharedNames>,
 }

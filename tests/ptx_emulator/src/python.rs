@@ -45,8 +45,8 @@ impl PythonModule {
         self.module.parameters(kernel).map_err(refused)
     }
 
-    /// Returns the buffers' bytes, the module's variables, the report as JSON and as a table.
-    #[pyo3(signature = (kernel, arguments, grid, block, shared, schedule, seed, timing, model, workers, limit, blocks, resident, races))]
+    /// Returns the buffers' bytes, (number, first offset) of those never written, the module's variables, the report as JSON and as a table.
+    #[pyo3(signature = (kernel, arguments, grid, block, shared, schedule, seed, timing, model, workers, limit, blocks, resident, races, barriers))]
     #[allow(clippy::type_complexity, clippy::too_many_arguments, clippy::needless_pass_by_value)]
     fn launch<'py>(
         &self,
@@ -65,7 +65,14 @@ impl PythonModule {
         blocks: Option<Vec<u64>>,
         resident: usize,
         races: bool,
-    ) -> PyResult<(Vec<Bound<'py, PyBytes>>, Vec<(String, Bound<'py, PyBytes>)>, String, String)> {
+        barriers: bool,
+    ) -> PyResult<(
+        Vec<Bound<'py, PyBytes>>,
+        Vec<Option<(usize, usize)>>,
+        Vec<(String, Bound<'py, PyBytes>)>,
+        String,
+        String,
+    )> {
         let options = Options {
             schedule: match schedule {
                 "ascending" => Schedule::Ascending,
@@ -74,7 +81,7 @@ impl PythonModule {
                 "random" => Schedule::Random(seed),
                 other => {
                     return Err(PyValueError::new_err(format!(
-                        "no schedule `{other}`: use ascending, descending, ahead or random"
+                        "no schedule `{other}`: use ascending, descending, ahead or random:SEED"
                     )));
                 }
             },
@@ -103,6 +110,7 @@ impl PythonModule {
             blocks,
             resident,
             races,
+            barriers,
         };
         let arguments: Vec<Argument> = arguments
             .into_iter()
@@ -119,7 +127,9 @@ impl PythonModule {
         let buffers = outcome.buffers.iter().map(|bytes| PyBytes::new(py, bytes)).collect();
         let variables =
             outcome.variables.iter().map(|(name, bytes)| (name.clone(), PyBytes::new(py, bytes))).collect();
-        Ok((buffers, variables, outcome.report.json(), outcome.report.table(20)))
+        let unwritten =
+            outcome.unwritten.iter().map(|part| part.map(|part| (part.bytes, part.first))).collect();
+        Ok((buffers, unwritten, variables, outcome.report.json(), outcome.report.table(20)))
     }
 }
 

@@ -22,14 +22,16 @@ pub struct Report {
     kernel: String,
     registers: usize,
     shared_bytes: usize,
+    barriers_completed_by_exits: u64,
     lines: Vec<Line>,
     /// Name, bytes, sectors read and written at least once.
     buffers: Vec<(String, usize, u64, u64)>,
 }
 
 fn add(total: &mut Count, count: &Count) {
-    let mut pair = Counters { counts: vec![*total] };
-    pair.merge(&Counters { counts: vec![*count] });
+    let one = |count: &Count| Counters { counts: vec![*count], ..Counters::default() };
+    let mut pair = one(total);
+    pair.merge(&one(count));
     *total = pair.counts[0];
 }
 
@@ -91,6 +93,7 @@ impl Report {
             kernel: program.name.clone(),
             registers: program.slot_names.len() - program.constants.len() - program.specials.len(),
             shared_bytes: program.static_shared,
+            barriers_completed_by_exits: counters.barriers_completed_by_exits,
             lines: lines.collect(),
             buffers: buffers.collect(),
         }
@@ -154,11 +157,13 @@ impl Report {
             })
             .collect();
         format!(
-            "{{\"kernel\": {}, \"virtual_registers\": {}, \"static_shared_bytes\": {}, {}, \
+            "{{\"kernel\": {}, \"virtual_registers\": {}, \"static_shared_bytes\": {}, \
+             \"barriers_completed_by_exits\": {}, {}, \
              \"classes\": {{{}}}, \"buffers\": {{{}}}, \"sources\": {{{}}}, \"lines\": [{}]}}",
             quote(&self.kernel),
             self.registers,
             self.shared_bytes,
+            self.barriers_completed_by_exits,
             count_json(&self.total()),
             classes.join(", "),
             buffers.join(", "),
@@ -184,6 +189,9 @@ impl Report {
             format!("{} / {} / {}", total.sectors, total.sectors_unique, total.sectors_ideal),
         );
         row("global bytes read / written", format!("{} / {}", total.bytes_read, total.bytes_written));
+        if self.barriers_completed_by_exits > 0 {
+            row("barriers completed by exits", self.barriers_completed_by_exits.to_string());
+        }
         for (name, count) in self.classes() {
             row(&format!("class {name}"), count.to_string());
         }

@@ -2,9 +2,10 @@
 //! bytes a `cp.async` still owns.
 
 use crate::fault::{Fault, Other};
-use crate::layout::SHARED_BASE;
+use crate::layout::{SHARED_BASE, SharedNames};
 use crate::order::Order;
 use crate::refusal::Complaint;
+use std::sync::Arc;
 
 const WRITTEN: u8 = 1;
 const ATOMIC: u8 = 2;
@@ -49,6 +50,7 @@ pub(crate) struct Shared {
     shift: u32,
     warps: usize,
     races: bool,
+    pub(crate) names: Arc<SharedNames>,
     writers: Vec<Writer>,
     readers: Vec<Reader>,
 }
@@ -82,7 +84,8 @@ impl Shared {
             return Err(Fault::new(Complaint::OutOfBounds, 0, text));
         }
         if !offset.is_multiple_of(bytes as u64) {
-            let text = format!("shared offset {offset} is no multiple of the access's {bytes} bytes");
+            let text =
+                format!("{} is no multiple of the access's {bytes} bytes", self.names.place(offset as usize));
             return Err(Fault::new(Complaint::Misaligned, 0, text));
         }
         Ok(offset as usize)
@@ -229,7 +232,7 @@ impl Shared {
 
     #[cold]
     fn race(&self, verb: &str, granule: usize, thread: usize, pc: u32, other: &'static str) -> Fault {
-        let text = format!("{verb} of shared offset {} races", granule << self.shift);
+        let text = format!("{verb} of {} races", self.names.place(granule << self.shift));
         let other = Some(Other { thread: thread as u32, pc, verb: other });
         Fault { complaint: Complaint::Race, lane: 0, text, other }
     }
@@ -238,8 +241,8 @@ impl Shared {
     fn in_flight(&self, verb: &str, granule: usize, writer: Writer) -> Fault {
         let state = if writer.flags & COMMITTED != 0 { "not waited for" } else { "never committed" };
         let text = format!(
-            "{verb} of shared offset {}, which a cp.async still fills ({state})",
-            granule << self.shift
+            "{verb} of {}, which a cp.async still fills ({state})",
+            self.names.place(granule << self.shift)
         );
         let other = Some(Other { thread: u32::from(writer.thread), pc: writer.pc, verb: "started the copy" });
         Fault { complaint: Complaint::AsyncInFlight, lane: 0, text, other }

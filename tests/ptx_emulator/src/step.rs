@@ -54,6 +54,9 @@ impl Block {
             if active != mask {
                 // Lanes whose guard is false pass by; the others wait here.
                 count.divergent += u64::from(active != 0);
+                if let Op::Barrier(barrier) = &inst.op {
+                    warp.pass(barrier.bypass, mask & !active);
+                }
                 warp.groups[g].pc = pc + 1;
                 warp.groups[g].mask = mask & !active;
                 if active != 0 {
@@ -125,7 +128,11 @@ impl Block {
                     warp.set(part, &out, active, defined);
                 }
             }
-            Op::Branch { target } => {
+            Op::Branch { target, bypasses } => {
+                if *bypasses != [NONE; 2] {
+                    warp.pass(bypasses[0], active);
+                    warp.pass(bypasses[1], mask & !active);
+                }
                 if active == mask {
                     next = *target;
                 } else if active != 0 {

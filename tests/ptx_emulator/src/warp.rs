@@ -1,5 +1,6 @@
 //! A warp: registers of its lanes, and the groups of lanes that share a program counter.
 
+use crate::block::lanes;
 use crate::fault::Fault;
 use crate::lanes::Lanes;
 use crate::layout::LOCAL_BASE;
@@ -39,6 +40,8 @@ pub(crate) struct Warp {
     /// Group chosen last and how many instructions in a row, for fairness.
     pub(crate) current: usize,
     pub(crate) streak: u32,
+    /// For each way round a barrier, how often each lane took it.
+    pub(crate) passes: Vec<[u32; 32]>,
     local: Vec<u8>,
     local_defined: Vec<bool>,
     local_bytes: usize,
@@ -64,6 +67,8 @@ impl Warp {
         self.current = 0;
         self.streak = 0;
         self.stray = None;
+        self.passes.clear();
+        self.passes.resize(program.bypasses.len(), [0; 32]);
         self.local_bytes = program.local_bytes - LOCAL_BASE as usize;
         self.local.clear();
         self.local.resize(self.local_bytes * 32, 0);
@@ -115,7 +120,10 @@ impl Warp {
         }
         let name = &program.slot_names[slot as usize];
         let source = self.stray.map_or_else(String::new, |(pc, offset)| {
-            format!("; the warp last read such bytes at shared offset {offset}, {}", program.place(pc))
+            let (offset, place) = (program.shared_names.place(offset), program.place(pc));
+            format!(
+                "; the warp last read such bytes at {offset}, {place} (a missing __syncthreads looks like this too)"
+            )
         });
         let text =
             format!("{what} comes from register `{name}`, which depends on something never written{source}");
@@ -160,6 +168,15 @@ impl Warp {
         self.local[place..place + bytes].copy_from_slice(&value.to_le_bytes()[..bytes]);
         self.local_defined[place..place + bytes].fill(defined);
         Ok(())
+    }
+
+    /// Lanes go round a barrier.
+    pub(crate) fn pass(&mut self, bypass: u32, mask: u32) {
+        if bypass == NONE {
+            return;
+        }
+        let passes = &mut self.passes[bypass as usize];
+        lanes(mask).for_each(|lane| passes[lane] += 1);
     }
 
     /// Merges ready groups that stand at the same instruction.

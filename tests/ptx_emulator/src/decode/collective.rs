@@ -62,7 +62,7 @@ impl Decoder<'_> {
             None => NONE,
         };
         let arrive = opcode.has("arrive");
-        Ok(Op::Barrier(Barrier { id, count, aligned, arrive, reduction }))
+        Ok(Op::Barrier(Barrier { id, count, aligned, arrive, bypass: NONE, reduction }))
     }
 
     fn shuffle(&mut self, frame: &Frame, operands: &[Operand], opcode: &Opcode) -> Result<Op, Refusal> {
