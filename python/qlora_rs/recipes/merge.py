@@ -24,6 +24,7 @@ from qlora_rs.errors import QloraError
 from qlora_rs.layers import NF4Linear
 from qlora_rs.merging.adapted import find_adapted
 from qlora_rs.merging.report import MergeReport, plot_layers
+from qlora_rs.merging.solve import REVISION
 from qlora_rs.model import lora_layers, replace_module
 from qlora_rs.recipes import base_model
 from qlora_rs.recipes.base_model import BaseModel, check_model_path, load_base_model
@@ -225,7 +226,7 @@ def _merge(
         "base": base_model.model_identity(settings.base),
         "adapter": _adapter_digest(Path(settings.adapter).expanduser()),
         "calibration": digest(batches),
-        "solver": "nearest" if settings.method == "nearest" else "calibrated",
+        "solver": "nearest" if settings.method == "nearest" else f"calibrated {REVISION}",
         "hybrid_rank": settings.hybrid_rank,
         "dtype": settings.dtype,
         "version": qlora_rs.__version__,
