@@ -113,9 +113,9 @@ def test_an_interrupted_merge_goes_on_where_it_stopped(
         kept.append(name)
         keep(self, name, *rest)
 
-    def count(*arguments: object) -> object:
+    def count(*arguments: object, **settings: object) -> object:
         solved.append(1)
-        return solve_one(*arguments)
+        return solve_one(*arguments, **settings)
 
     with monkeypatch.context() as patch:
         patch.setattr(LayerStore, "put", put)
