@@ -4,13 +4,13 @@
 //! Data: `python -m benches.tune --write` measures both ways and writes this file. Each line names the
 //! record of its measurement.
 
-/// Not measured yet.
+/// Not measured on such a CPU yet.
 pub(super) const AMX: [usize; 2] = [8, 32];
-/// Not measured yet.
-pub(super) const AVX512: [usize; 2] = [8, 8];
-/// Not measured yet.
-pub(super) const AVX512_BF16: [usize; 2] = [8, 32];
-/// Not measured yet.
-pub(super) const AVX2: [usize; 2] = [6, 6];
-/// Not measured yet.
-pub(super) const PORTABLE: [usize; 2] = [4, 4];
+/// benches/record/amd-epyc-avx512-bf16-2-cores/2026-11-25-tune.txt
+pub(super) const AVX512: [usize; 2] = [24, 24];
+/// benches/record/amd-epyc-avx512-bf16-2-cores/2026-11-25-tune.txt
+pub(super) const AVX512_BF16: [usize; 2] = [24, 48];
+/// benches/record/amd-epyc-avx512-bf16-2-cores/2026-11-25-tune.txt
+pub(super) const AVX2: [usize; 2] = [16, 16];
+/// benches/record/amd-epyc-avx512-bf16-2-cores/2026-11-25-tune.txt
+pub(super) const PORTABLE: [usize; 2] = [24, 24];
