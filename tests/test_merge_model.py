@@ -85,6 +85,16 @@ def test_distilled_lowers_the_kl_of_the_text_it_was_given() -> None:
             assert module.absmax.dtype == torch.uint8, name
 
 
+def test_distillation_that_does_harm_is_not_kept() -> None:
+    fitting = text(2 * distill.ASIDE)
+    kept = []
+    for steps in (0, 3):
+        model = tiny_llama.with_adapter()
+        qlora_rs.merge_model(model, "distilled", fitting, text(2), steps=steps, learning_rate=0.5)
+        kept.append(bytes_of(model))
+    assert equal(*kept)
+
+
 def test_the_scores_are_those_of_the_formulae() -> None:
     model = tiny_llama.with_adapter()
     unmerged = tiny_llama.logits(model).double()

@@ -4,6 +4,9 @@ Every scale is multiplied by 1 + g, g = 0 at first. Adam on KL(unmerged ‖ merg
 calibration text; at the end each scale takes the nearest value that the format can hold, which is
 exact to about half a percent of a scale's spread. A layer's gradient is
 Σ over the block of (dYᵀ X) * level: one layer's dYᵀ X exists at a time.
+
+Some of the text is not trained on. It decides whether all, half or nothing of what was learned is
+kept: where calibration leaves little to learn, training on little text can do harm.
 """
 
 from __future__ import annotations
@@ -16,12 +19,16 @@ import torch
 from torch import Tensor, nn
 
 from qlora_rs.layers import NF4Linear
-from qlora_rs.merging.evaluate import CHUNK, logits_of, replaced, scored
+from qlora_rs.merging.evaluate import CHUNK, compare, logits_of, replaced, scored
 from qlora_rs.merging.statistics import Batch
 from qlora_rs.quantize import PackedWeight
 
 STEPS = 32
 LEARNING_RATE = 1e-3
+# One batch of so many is not trained on.
+ASIDE = 12
+# How much of what was learned may be kept.
+SHARES = (0.0, 0.5, 1.0)
 
 
 class _ScaledLinear(torch.autograd.Function):
@@ -69,9 +76,11 @@ class ScaledNF4Linear(nn.Module):
         absmax = self.start * (1.0 + self.g)
         return _ScaledLinear.apply(inputs, absmax, self.packed.codes, sizes, bias).to(x.dtype)
 
-    def finished(self) -> PackedWeight:
-        """The weight with each scale at the nearest value that its grid has."""
-        return with_scales(self.packed, self.start * (1.0 + self.g.detach()))
+    def finished(self, share: float = 1.0) -> PackedWeight:
+        """The weight with a share of what was learned, each scale at its grid's nearest value."""
+        if share == 0.0:
+            return self.packed
+        return with_scales(self.packed, self.start * (1.0 + share * self.g.detach()))
 
 
 def single_absmax(packed: PackedWeight) -> Tensor:
@@ -122,7 +131,9 @@ def distill(
         optimizer, lambda step: 0.5 * (1 + math.cos(math.pi * step / max(steps, 1)))
     )
     frozen = [p for p in model.parameters() if p.requires_grad]
-    order = _order(batches, steps, tokens_per_step)
+    aside = batches[ASIDE - 1 :: ASIDE]
+    trained = [batch for i, batch in enumerate(batches) if i % ASIDE != ASIDE - 1]
+    order = _order(trained, steps, tokens_per_step)
     for parameter in frozen:
         parameter.requires_grad_(False)
     try:
@@ -138,7 +149,28 @@ def distill(
     finally:
         for parameter in frozen:
             parameter.requires_grad_(True)
-    return {name: student.finished() for name, student in students.items()}
+    return _best(model, students, aside)
+
+
+def _best(
+    model: nn.Module, students: dict[str, ScaledNF4Linear], aside: list[Batch]
+) -> dict[str, PackedWeight]:
+    """The weights with that share of what was learned that answers best on other text."""
+    ends = {
+        share: {name: student.finished(share) for name, student in students.items()}
+        for share in SHARES
+    }
+    variants: dict[str, dict[str, nn.Module]] = {
+        str(share): {
+            name: NF4Linear(packed, students[name].layer.bias, students[name].layer.compute_dtype)
+            for name, packed in end.items()
+        }
+        for share, end in ends.items()
+    }
+    _, scores, _ = compare(model, variants, aside)
+    if not scores:  # too little text to set any aside
+        return ends[1.0]
+    return ends[float(min(scores, key=lambda share: scores[share].kl))]
 
 
 def _order(batches: list[Batch], steps: int, tokens_per_step: int) -> list[list[Batch]]:

@@ -3,13 +3,14 @@
 The loss of answers to a small error d of a layer's output at one token is, to second order,
 ½ dᵀ F d with F = E[g gᵀ], g the gradient of log p(y) at that output, y drawn from the model's own
 prediction (the Fisher information). Of F only its trace is kept, one weight per token: an error
-counts where the model is sensitive. Mixed into H by the share `SHARE`, it lowers the merged model's
-KL and costs plain output error; a larger share does more of both.
+counts where the model is sensitive. Mixed into H by a share (`MIXTURES`), it lowers the merged
+model's KL and costs plain output error; a larger share does more of both.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,7 +20,19 @@ from qlora_rs.merging.evaluate import logits_of, scored
 from qlora_rs.merging.solve import shrink
 from qlora_rs.merging.statistics import Batch, Gram, Moment, hooks_on
 
-SHARE = 0.125
+
+@dataclass(frozen=True)
+class Mixture:
+    """How a method's H is made: the share of its weighted form, and whether it is shrunk."""
+
+    share: float
+    shrunk: bool
+
+
+# By the KL that the whole model ends with, a larger share and no shrinkage are better where scales
+# are trained afterwards; for the outputs of each layer by itself, which `calibrated` answers for,
+# the other.
+MIXTURES = {"calibrated": Mixture(0.125, True), "distilled": Mixture(0.25, False)}
 # One batch of so many is enough for weights, which need a backward pass.
 EVERY = 6
 
@@ -48,10 +61,14 @@ def weighing(model: nn.Module) -> Callable[[list[Moment], int, Batch], bool]:
     return weigh
 
 
-def mixed(group: Moment) -> Tensor:
+def mixed(group: Moment, mixture: Mixture) -> Tensor:
     """H of a group for the solver: shrunk, then what a few tokens have beyond the rest, then the
     weighted form mixed in where there is one; traces are kept."""
-    plain = shrink(group.mean(), group.tokens)
+
+    def shrunk(second_moment: Tensor) -> Tensor:
+        return shrink(second_moment, group.tokens) if mixture.shrunk else second_moment
+
+    plain = shrunk(group.mean())
     if group.excess is not None:
         plain.add_(group.excess.sum(), alpha=1.0 / group.tokens)
     if group.weighted is None:
@@ -60,8 +77,8 @@ def mixed(group: Moment) -> Tensor:
     trace, own = float(plain.trace()), float(weighted.trace())
     if not (0.0 < own < float("inf")) or not torch.isfinite(weighted).all():
         return plain
-    weighted = shrink(weighted, group.tokens)
-    return plain.mul_(1.0 - SHARE).add_(weighted, alpha=SHARE * trace / own)
+    share = mixture.share
+    return plain.mul_(1.0 - share).add_(shrunk(weighted), alpha=share * trace / own)
 
 
 def _pass(

@@ -165,7 +165,7 @@ class _Job:
             for layer in self.layers:
                 self._solve(layer, None, None, hybrid_rank)
         else:
-            self._calibrate(fitting, hybrid_rank)
+            self._calibrate(fitting, hybrid_rank, method)
         self._clock("calibrate" if method != "nearest" else "round", started)
         merged = {layer.name: self._replacement(layer) for layer in self.layers}
         if method == "distilled":
@@ -196,7 +196,8 @@ class _Job:
     def _groups(self, batch: Batch) -> list[Moment]:
         return group_by_input(self.model, self.layers, batch, self._forward)
 
-    def _calibrate(self, batches: list[Batch], hybrid_rank: int) -> None:
+    def _calibrate(self, batches: list[Batch], hybrid_rank: int, method: str) -> None:
+        mixture = importance.MIXTURES[method]
         groups = [group for group in self._groups(batches[0]) if not self._restore(group)]
         for group in groups:
             group.parted = True
@@ -215,8 +216,10 @@ class _Job:
             held = sum(group.nbytes for group in portion)
             for group in portion:
                 own = group.nbytes
-                second_moment = importance.mixed(group)
-                anneal = solve.anneal_sweeps(group.tokens, group.columns)
+                second_moment = importance.mixed(group, mixture)
+                anneal = solve.ANNEAL
+                if mixture.shrunk:
+                    anneal = solve.anneal_sweeps(group.tokens, group.columns)
                 curvature = None
                 size = group.layers[0].packed.block_size
                 if group.columns % size == 0:

@@ -226,7 +226,7 @@ def _merge(
         "base": base_model.model_identity(settings.base),
         "adapter": _adapter_digest(Path(settings.adapter).expanduser()),
         "calibration": digest(batches),
-        "solver": "nearest" if settings.method == "nearest" else f"calibrated {REVISION}",
+        "solver": f"{settings.method} {REVISION}",
         "hybrid_rank": settings.hybrid_rank,
         "dtype": settings.dtype,
         "version": qlora_rs.__version__,
