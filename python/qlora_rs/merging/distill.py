@@ -23,10 +23,10 @@ from qlora_rs.merging.evaluate import CHUNK, compare, logits_of, replaced, score
 from qlora_rs.merging.statistics import Batch
 from qlora_rs.quantize import PackedWeight
 
-STEPS = 32
+STEPS = 44
 LEARNING_RATE = 1e-3
 # One batch of so many is not trained on.
-ASIDE = 12
+ASIDE = 24
 # How much of what was learned may be kept.
 SHARES = (0.0, 0.5, 1.0)
 
