@@ -79,15 +79,18 @@ def measure(options: argparse.Namespace, table: Table) -> list[str]:
         layers = build[kind](DTYPES[dtype])
         calls = contenders(layers, packed, rows, DTYPES[dtype], backward)
         times = interleave(calls, options.seconds)
+        both: dict[str, float] = {}
         if onnx is not None and (kind, dtype, backward) == ("linear", "float32", False):
             pair = {
                 "ours eval": calls["ours eval"],
                 "onnxruntime": onnx.forward(torch.randn(rows, in_features)),
             }
             both = interleave(pair, options.seconds, TWO_POOLS_SAMPLE)
-            times["onnxruntime"] = both["onnxruntime"] / both["ours eval"] * times["ours eval"]
+            times["onnxruntime"] = both["onnxruntime"]
         cells = [f"{1e3 * times[name]:.3g}" if name in times else "-" for name in COLUMNS]
         ratios = {peer: times[peer] / times[us] for peer, us in RATIOS if peer in times}
+        if both:
+            ratios["onnxruntime"] = both["onnxruntime"] / both["ours eval"]
         shown = [f"{ratios[peer]:.2f}x" if peer in ratios else "-" for peer, _ in RATIOS]
         step = "forward+backward" if backward else "forward"
         table.row(kind, dtype, step, str(rows), *cells, *shown)

@@ -218,16 +218,15 @@ const FIRST_LEVEL: i32 = 0;
 #[cfg(not(target_arch = "x86_64"))]
 const SECOND_LEVEL: i32 = 1;
 
+#[cfg(target_arch = "x86_64")]
 #[inline]
 fn fetch<const LEVEL: i32>(place: *const u8) {
     // SAFETY: a prefetch reads nothing that the program could see, whatever the address.
-    #[cfg(target_arch = "x86_64")]
-    unsafe {
-        std::arch::x86_64::_mm_prefetch::<LEVEL>(place.cast());
-    }
-    #[cfg(not(target_arch = "x86_64"))]
-    let _ = place;
+    unsafe { std::arch::x86_64::_mm_prefetch::<LEVEL>(place.cast()) };
 }
+
+#[cfg(not(target_arch = "x86_64"))]
+fn fetch<const LEVEL: i32>(_: *const u8) {}
 
 /// The paths this CPU can run, fastest first; the last one is always portable.
 #[must_use]

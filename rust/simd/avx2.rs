@@ -156,8 +156,7 @@ impl Table {
     #[target_feature(enable = "avx2")]
     fn scaled(absmax: f32) -> Self {
         // SAFETY: eight floats are read from each half of an array of 16.
-        let (low, high) =
-            unsafe { (_mm256_loadu_ps(LEVELS.as_ptr()), _mm256_loadu_ps(LEVELS.as_ptr().add(8))) };
+        let [low, high] = [0, 8].map(|i| unsafe { _mm256_loadu_ps(LEVELS.as_ptr().add(i)) });
         let scale = _mm256_set1_ps(absmax);
         Self { low: _mm256_mul_ps(low, scale), high: _mm256_mul_ps(high, scale) }
     }
@@ -269,8 +268,7 @@ fn dot(a: &[f32], b: &[f32]) -> f32 {
     for (a, b) in a.iter().zip(b) {
         for (i, sum) in sums.iter_mut().enumerate() {
             // SAFETY: i < 4, so 8 floats from 8 * i lie within both arrays of 32.
-            let (a, b) =
-                unsafe { (_mm256_loadu_ps(a.as_ptr().add(8 * i)), _mm256_loadu_ps(b.as_ptr().add(8 * i))) };
+            let [a, b] = [a, b].map(|v| unsafe { _mm256_loadu_ps(v.as_ptr().add(8 * i)) });
             *sum = _mm256_fmadd_ps(a, b, *sum);
         }
     }
@@ -317,8 +315,7 @@ fn row_of_products<const M: usize>(
             for (m, sums) in sums.iter_mut().enumerate() {
                 let x = &x[m * prepared + block * block_size + i * 16..][..16];
                 // SAFETY: two vectors of 8 floats are read from a slice of 16.
-                let (x_first, x_second) =
-                    unsafe { (_mm256_loadu_ps(x.as_ptr()), _mm256_loadu_ps(x.as_ptr().add(8))) };
+                let [x_first, x_second] = [0, 8].map(|i| unsafe { _mm256_loadu_ps(x.as_ptr().add(i)) });
                 sums[0] = _mm256_fmadd_ps(first, x_first, sums[0]);
                 sums[1] = _mm256_fmadd_ps(second, x_second, sums[1]);
             }

@@ -30,8 +30,7 @@ fn multiply_half(left: &[Tile], right: &[Tile], sums: &mut Tile, half: usize, fi
         for word in 0..SIDE {
             let row = &right[half].0[word];
             // SAFETY: two vectors of 8 words are read from a row of 16.
-            let columns =
-                unsafe { [_mm256_load_ps(row.as_ptr().cast()), _mm256_load_ps(row.as_ptr().add(8).cast())] };
+            let columns = [0, 8].map(|i| unsafe { _mm256_load_ps(row.as_ptr().add(i).cast()) });
             for r in 0..ROWS {
                 let value = _mm256_set1_ps(f32::from_bits(rows[r][word]));
                 for c in 0..2 {

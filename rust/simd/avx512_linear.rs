@@ -39,8 +39,7 @@ pub(super) fn dot(a: &[f32], b: &[f32]) -> f32 {
     for (a, b) in a.iter().zip(b) {
         for (i, sum) in sums.iter_mut().enumerate() {
             // SAFETY: i < 4, so 16 floats from 16 * i lie within both arrays of 64.
-            let (a, b) =
-                unsafe { (_mm512_loadu_ps(a.as_ptr().add(16 * i)), _mm512_loadu_ps(b.as_ptr().add(16 * i))) };
+            let [a, b] = [a, b].map(|v| unsafe { _mm512_loadu_ps(v.as_ptr().add(16 * i)) });
             *sum = _mm512_fmadd_ps(a, b, *sum);
         }
     }
@@ -48,8 +47,7 @@ pub(super) fn dot(a: &[f32], b: &[f32]) -> f32 {
     for (sum, (a, b)) in sums.iter_mut().zip(a_tail.chunks(16).zip(b_tail.chunks(16))) {
         let mask = (u32::from(u16::MAX) >> (16 - a.len().min(b.len()))) as u16;
         // SAFETY: the mask admits what both chunks hold.
-        let (a, b) =
-            unsafe { (_mm512_maskz_loadu_ps(mask, a.as_ptr()), _mm512_maskz_loadu_ps(mask, b.as_ptr())) };
+        let [a, b] = [a, b].map(|v| unsafe { _mm512_maskz_loadu_ps(mask, v.as_ptr()) });
         *sum = _mm512_fmadd_ps(a, b, *sum);
     }
     let sum = _mm512_add_ps(_mm512_add_ps(sums[0], sums[1]), _mm512_add_ps(sums[2], sums[3]));
