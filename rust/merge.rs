@@ -14,13 +14,16 @@
 //!   feedback   start 2: error feedback (GPTQ)        feedback.rs
 //!   descend    coordinate descent from both          descent.rs
 //!   anneal     once more, from a thermal start       descent.rs
+//! coupling   rows that make up for each other      coupling.rs
 //! ```
 //!
-//! Rows do not depend on each other: strips are the unit of parallel work, and each row keeps the
-//! best of all ends, so no row is ever worse than plain rounding in its own objective.
+//! Rows do not depend on each other, unless a coupling says so: strips are the unit of parallel work,
+//! and each row keeps the best of all ends, so no row is ever worse than plain rounding in its own
+//! objective.
 //! Read next: `strip.rs`.
 
 pub mod cholesky;
+pub mod coupling;
 pub mod curvature;
 mod descent;
 mod feedback;
@@ -37,6 +40,7 @@ use crate::quantize::check_length;
 use crate::simd::merging::MergeKernels;
 use curvature::Curvature;
 use grid::Grid;
+use std::ops::Range;
 use strip::{ROWS, Strip};
 
 /// How long the solver tries.
@@ -63,6 +67,24 @@ pub struct Problem<'a> {
     pub curvature: Curvature<'a>,
     /// How long to try.
     pub effort: Effort,
+}
+
+impl Problem<'_> {
+    fn check(&self, output: &Output<'_>) -> Result<(), Error> {
+        let matrix = &self.nearest;
+        let (rows, columns, block_size) = (matrix.rows(), matrix.columns(), matrix.block_size());
+        if !matrix.rows_are_aligned() {
+            return Err(Error::StraddlingBlocks { columns, block_size });
+        }
+        check_length("target", self.target.len(), rows * columns)?;
+        check_length("codes", output.codes.len(), (rows * columns).div_ceil(2))?;
+        check_length("objectives", output.objectives.len(), 2 * rows)?;
+        self.curvature.check(columns, block_size)?;
+        match self.target.iter().position(|value| !value.is_finite()) {
+            Some(first) => Err(Error::NonFiniteStatistic { name: "target", first }),
+            None => Ok(()),
+        }
+    }
 }
 
 /// Where the result goes: codes as [`PackedMatrix`] takes them, and scales of the same kind as the
@@ -95,59 +117,81 @@ pub fn calibrate(
     output: Output<'_>,
     threads: usize,
 ) -> Result<(), Error> {
-    let matrix = &problem.nearest;
-    let (rows, columns, block_size) = (matrix.rows(), matrix.columns(), matrix.block_size());
-    if !matrix.rows_are_aligned() {
-        return Err(Error::StraddlingBlocks { columns, block_size });
-    }
-    check_length("target", problem.target.len(), rows * columns)?;
-    check_length("codes", output.codes.len(), (rows * columns).div_ceil(2))?;
-    check_length("objectives", output.objectives.len(), 2 * rows)?;
-    problem.curvature.check(columns, block_size)?;
-    if let Some(first) = problem.target.iter().position(|value| !value.is_finite()) {
-        return Err(Error::NonFiniteStatistic { name: "target", first });
-    }
-    if rows * columns == 0 {
+    problem.check(&output)?;
+    let rows = problem.nearest.rows();
+    if problem.target.is_empty() {
         return Ok(());
     }
-    let blocks = columns / block_size;
-    let strip_codes = ROWS * columns / 2;
-    let strips = output.codes.chunks_mut(strip_codes).zip(output.objectives.chunks_mut(2 * ROWS));
+    let strips = rows.div_ceil(ROWS);
+    solve_strips(
+        problem,
+        output,
+        0..rows,
+        std::iter::repeat_n((), strips),
+        threads,
+        |first, objectives, ()| {
+            let grid = Grid::new(&problem.nearest);
+            solve_strip(kernels, problem, &grid, Strip::nearest(problem, &grid, first), objectives)
+        },
+    )
+}
+
+/// Solve the strips of some rows, whose first is a multiple of [`ROWS`], each with one of `extras`:
+/// `solve(first row, objectives, extra)`.
+fn solve_strips<E: Send>(
+    problem: &Problem<'_>,
+    output: Output<'_>,
+    rows: Range<usize>,
+    extras: impl ExactSizeIterator<Item = E> + Send,
+    threads: usize,
+    solve: impl Fn(usize, &mut [f64], E) -> Strip + Sync,
+) -> Result<(), Error> {
+    let matrix = &problem.nearest;
+    let (columns, blocks) = (matrix.columns(), matrix.columns() / matrix.block_size());
+    let (skipped, count) = (rows.start / ROWS, rows.len().div_ceil(ROWS));
+    let codes = output.codes.chunks_mut(ROWS * columns / 2).skip(skipped).take(count);
+    let objectives = output.objectives.chunks_mut(2 * ROWS).skip(skipped);
+    let strips = codes.zip(objectives).zip(extras).enumerate();
+    let first = |strip: usize| (skipped + strip) * ROWS;
     match (matrix.scales(), output.scales) {
         (Scales::Single(_), OutputScales::Single(scales)) => {
-            check_length("absmax", scales.len(), rows * blocks)?;
-            let strips = strips.zip(scales.chunks_mut(ROWS * blocks)).enumerate();
-            parallel::for_each(strips, threads, |(i, ((codes, objectives), scales))| {
-                let strip = solve_strip(kernels, problem, i * ROWS, objectives);
+            check_length("absmax", scales.len(), matrix.rows() * blocks)?;
+            let strips = strips.zip(scales.chunks_mut(ROWS * blocks).skip(skipped));
+            parallel::for_each(strips, threads, |((i, ((codes, objectives), extra)), scales)| {
+                let strip = solve(first(i), objectives, extra);
                 strip.write(codes, |index, scale, _| scales[index] = scale);
             });
         }
         (Scales::Nested { .. }, OutputScales::Nested(scales)) => {
-            check_length("absmax", scales.len(), rows * blocks)?;
-            let strips = strips.zip(scales.chunks_mut(ROWS * blocks)).enumerate();
-            parallel::for_each(strips, threads, |(i, ((codes, objectives), scales))| {
-                let strip = solve_strip(kernels, problem, i * ROWS, objectives);
+            check_length("absmax", scales.len(), matrix.rows() * blocks)?;
+            let strips = strips.zip(scales.chunks_mut(ROWS * blocks).skip(skipped));
+            parallel::for_each(strips, threads, |((i, ((codes, objectives), extra)), scales)| {
+                let strip = solve(first(i), objectives, extra);
                 strip.write(codes, |index, _, code| scales[index] = code);
             });
         }
-        _ => return Err(Error::Operand { name: "absmax", got: 0, expected: rows * blocks }),
+        _ => return Err(Error::Operand { name: "absmax", got: 0, expected: matrix.rows() * blocks }),
     }
     Ok(())
 }
 
 /// All starts, descended; the best end of each row.
-fn solve_strip(kernels: &MergeKernels, problem: &Problem<'_>, first: usize, objectives: &mut [f64]) -> Strip {
-    let grid = Grid::new(&problem.nearest);
+fn solve_strip(
+    kernels: &MergeKernels,
+    problem: &Problem<'_>,
+    grid: &Grid<'_>,
+    nearest: Strip,
+    objectives: &mut [f64],
+) -> Strip {
     let curvature = &problem.curvature;
-    let nearest = Strip::nearest(problem, &grid, first);
     let start = nearest.objectives(kernels, curvature);
     let mut ahead = nearest.clone();
-    feedback::choose_scales(kernels, &mut ahead, &grid, curvature);
+    feedback::choose_scales(kernels, &mut ahead, grid, curvature);
     feedback::round(kernels, &mut ahead, curvature);
     let mut best = nearest.clone();
     let mut best_objectives = start;
     let mut settle = |mut strip: Strip| {
-        descent::descend(kernels, &mut strip, &grid, curvature, problem.effort);
+        descent::descend(kernels, &mut strip, grid, curvature, problem.effort);
         let end = strip.objectives(kernels, curvature);
         for row in 0..ROWS {
             if end[row] < best_objectives[row] {
@@ -165,7 +209,7 @@ fn solve_strip(kernels: &MergeKernels, problem: &Problem<'_>, first: usize, obje
     }
     if problem.effort.anneal > 0 {
         let objectives = found.objectives(kernels, curvature);
-        descent::anneal(kernels, &mut found, &grid, curvature, &objectives, problem.effort.anneal);
+        descent::anneal(kernels, &mut found, grid, curvature, &objectives, problem.effort.anneal);
         settle(found);
     }
     let pairs = start.into_iter().zip(best_objectives);

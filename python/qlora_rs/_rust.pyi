@@ -115,5 +115,6 @@ def merge_calibrate(
     anneal: int,
     codes: _Capsule,
     absmax: _Capsule,
+    coupling: tuple[int, int, _Capsule, float] | None,
     threads: int,
 ) -> list[float]: ...

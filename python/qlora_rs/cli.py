@@ -460,6 +460,9 @@ def _merge(arguments: argparse.Namespace) -> int:
         print(report_table(report))
     elif settings.to == "separate":
         print(separate_advice(arguments.output))
-    print(f"  {'peak memory':<24} {size(record['peak_rss_bytes'])} (whole process)")
+    whole = size(record["peak_rss_bytes"])
+    if "peak_above_model_bytes" in record:
+        whole += f" (measured; {size(record['peak_above_model_bytes'])} above the loaded model)"
+    print(f"  {'peak memory':<24} {whole}")
     print(f"  {'written to':<24} {record['output']}")
     return 0

@@ -4,6 +4,7 @@ use super::*;
 use crate::codebook::LEVELS;
 use crate::quantize::{nearest_code, quantize};
 use crate::simd::merging::for_path;
+use coupling::Coupling;
 use curvature::{Buffers, factor_length, prepare};
 
 /// Numbers in -1..1 that look random.
@@ -61,6 +62,19 @@ fn solve(
     p: &Prepared,
     threads: usize,
 ) -> (Vec<u8>, Vec<f32>, Vec<f64>) {
+    solve_coupled(path, target, rows, block_size, p, None, threads)
+}
+
+/// The same, with F where there is one.
+fn solve_coupled(
+    path: &str,
+    target: &[f32],
+    rows: usize,
+    block_size: usize,
+    p: &Prepared,
+    moment: Option<&[f32]>,
+    threads: usize,
+) -> (Vec<u8>, Vec<f32>, Vec<f64>) {
     let columns = target.len() / rows;
     let (mut codes, mut absmax) = (vec![0; target.len() / 2], vec![0.0; target.len() / block_size]);
     quantize(&crate::simd::portable::KERNELS, target, columns, block_size, &mut codes, &mut absmax, 1)
@@ -77,7 +91,12 @@ fn solve(
     let mut objectives = vec![0.0; 2 * rows];
     let output =
         Output { codes: &mut out, scales: OutputScales::Single(&mut scales), objectives: &mut objectives };
-    calibrate(for_path(path), &problem, output, threads).expect("a fitting problem");
+    if let Some(moment) = moment {
+        let coupling = Coupling { first: 0, rows, moment, damping: 0.01 };
+        coupling::calibrate(for_path(path), &problem, coupling, output, threads).expect("a fitting problem");
+    } else {
+        calibrate(for_path(path), &problem, output, threads).expect("a fitting problem");
+    }
     (out, scales, objectives)
 }
 
@@ -257,4 +276,88 @@ fn moments_are_sums_of_products() {
             }
         }
     }
+}
+
+/// tr(F E H Eᵀ) in f64 from the packed result.
+fn coupled_objective(target: &[f32], codes: &[u8], scales: &[f32], size: usize, h: &[f32], f: &[f32]) -> f64 {
+    let columns = (h.len() as f64).sqrt() as usize;
+    let rows = target.len() / columns;
+    let errors: Vec<f64> = (0..target.len())
+        .map(|i| {
+            let code = if i.is_multiple_of(2) { codes[i / 2] >> 4 } else { codes[i / 2] & 15 };
+            f64::from(target[i]) - f64::from(LEVELS[usize::from(code)] * scales[i / size])
+        })
+        .collect();
+    let mut total = 0.0;
+    for (i, row) in errors.chunks(columns).enumerate() {
+        let products: Vec<f64> = (0..columns)
+            .map(|j| (0..columns).map(|k| row[k] * f64::from(h[k * columns + j])).sum())
+            .collect();
+        for (j, other) in errors.chunks(columns).enumerate() {
+            let dot: f64 = products.iter().zip(other).map(|(a, b)| a * b).sum();
+            total += f64::from(f[i * rows + j]) * dot;
+        }
+    }
+    total
+}
+
+#[test]
+fn coupled_rows_make_up_for_each_other() {
+    let (rows, columns, block_size) = (130, 64, 32);
+    let (h, near) = (statistics(columns, 1), statistics(rows, 2));
+    // Neighbours there are far apart here: rows of one strip do not know of each other.
+    let place = |row: usize| row * 51 % rows;
+    let f: Vec<f32> = (0..rows * rows).map(|i| near[place(i / rows) * rows + place(i % rows)]).collect();
+    let target: Vec<f32> = noise(3, rows * columns).iter().map(|value| value * 0.05).collect();
+    let p = prepared("portable", &h, columns, block_size, 1);
+    let alone = solve("portable", &target, rows, block_size, &p, 1);
+    let coupled = solve_coupled("portable", &target, rows, block_size, &p, Some(&f), 1);
+    let cost = |(codes, scales, _): &(Vec<u8>, Vec<f32>, Vec<f64>)| {
+        coupled_objective(&target, codes, scales, block_size, &h, &f)
+    };
+    assert!(cost(&coupled) < 0.8 * cost(&alone), "{} {}", cost(&coupled), cost(&alone));
+    let threads = solve_coupled("portable", &target, rows, block_size, &p, Some(&f), 3);
+    assert_eq!(coupled, threads, "the number of threads changes nothing");
+}
+
+#[test]
+fn rows_that_do_not_count_together_are_solved_as_if_alone() {
+    let (rows, columns, block_size) = (100, 64, 32);
+    let target: Vec<f32> = noise(4, rows * columns).iter().map(|value| value * 0.05).collect();
+    let p = prepared("portable", &statistics(columns, 1), columns, block_size, 1);
+    let one: Vec<f32> = (0..rows * rows).map(|i| f32::from(u8::from(i % (rows + 1) == 0))).collect();
+    let alone = solve("portable", &target, rows, block_size, &p, 2);
+    assert_eq!(alone, solve_coupled("portable", &target, rows, block_size, &p, Some(&one), 2));
+}
+
+#[test]
+fn a_coupling_of_other_rows_or_of_no_gradients_is_refused() {
+    let (rows, columns, block_size) = (50, 64, 32);
+    let target = noise(5, rows * columns);
+    let p = prepared("portable", &statistics(columns, 1), columns, block_size, 1);
+    let (codes, absmax) = (vec![0; rows * columns / 2], vec![1.0; rows * columns / block_size]);
+    let nearest =
+        PackedMatrix::new(&codes, Scales::Single(&absmax), rows, columns, block_size).expect("lengths fit");
+    let problem = Problem {
+        target: &target,
+        nearest,
+        curvature: Curvature::new(&p.order, &p.hessian, &p.factor, columns, block_size),
+        effort: Effort { sweeps: 1, tolerance: 0.0, rounds: 0, anneal: 0 },
+    };
+    let refused = |first: usize, rows: usize, moment: &[f32]| {
+        let (mut out, mut scales) = (vec![0; codes.len()], vec![0.0; absmax.len()]);
+        let mut objectives = vec![0.0; 100];
+        let output = Output {
+            codes: &mut out,
+            scales: OutputScales::Single(&mut scales),
+            objectives: &mut objectives,
+        };
+        let coupling = Coupling { first, rows, moment, damping: 0.0 };
+        coupling::calibrate(for_path("portable"), &problem, coupling, output, 1).expect_err("no coupling")
+    };
+    let one = [1.0; 4];
+    assert!(matches!(refused(0, 3, &one), Error::Operand { name: "moment", .. }));
+    assert!(matches!(refused(7, 2, &one), Error::Operand { name: "rows", .. }));
+    assert!(matches!(refused(48, 3, &[0.0; 9]), Error::Operand { name: "rows", .. }));
+    assert!(matches!(refused(0, 2, &one), Error::NotPositive { columns: 2, .. }));
 }

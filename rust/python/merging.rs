@@ -3,6 +3,7 @@
 use super::arguments::{Argument, Scalar};
 use super::functions::{Packed, PackedArguments};
 use crate::element::Element;
+use crate::merge::coupling::{self, Coupling};
 use crate::merge::curvature::{self, Buffers, Curvature};
 use crate::merge::{self, Effort, Output, OutputScales, Problem, moment};
 use crate::simd::{self, merging::merge_kernels};
@@ -74,7 +75,8 @@ pub fn merge_moment(
 }
 
 /// Codes and scales for `target`, starting from its plain rounding `nearest`, into the given
-/// tensors; `objectives` gets two f64 (start, end) per row, as 16 bytes.
+/// tensors; returns two numbers (start, end) per row. coupling: (first row, rows, F, what to add to
+/// its diagonal); then those rows alone are solved.
 #[pyfunction]
 pub fn merge_calibrate(
     py: Python<'_>,
@@ -89,6 +91,7 @@ pub fn merge_calibrate(
     anneal: usize,
     codes: &Capsule<'_>,
     absmax: &Capsule<'_>,
+    coupling: Option<(usize, usize, Capsule<'_>, f64)>,
     threads: usize,
 ) -> PyResult<Vec<f64>> {
     let target = Argument::new("target", target)?;
@@ -112,6 +115,12 @@ pub fn merge_calibrate(
     let mut objectives = vec![0.0; 2 * shape.0];
     let output = Output { codes: codes.slice_mut()?, scales, objectives: &mut objectives };
     let kernels = merge_kernels()?;
-    py.detach(|| merge::calibrate(kernels, &problem, output, threads))?;
+    if let Some((first, rows, moment, damping)) = &coupling {
+        let moment = Argument::new("moment", moment)?;
+        let coupling = Coupling { first: *first, rows: *rows, moment: moment.slice()?, damping: *damping };
+        py.detach(|| coupling::calibrate(kernels, &problem, coupling, output, threads))?;
+    } else {
+        py.detach(|| merge::calibrate(kernels, &problem, output, threads))?;
+    }
     Ok(objectives)
 }

@@ -5,7 +5,8 @@ half a step of the grid. Here the codes are chosen by what they do to the layer'
 
     adapted.py      layers with an adapter, ours and peft's: the weights that are wanted
     statistics.py   one pass over calibration text: XᵀX of each layer's inputs
-    importance.py    which tokens matter, from a backward pass over some of the text
+    importance.py   which tokens matter, from a backward pass over some of the text
+    coupling.py     how errors of a layer's outputs add up, from the same backward pass
     solve.py        one layer: target + statistics -> codes and scales (Rust: rust/merge.rs)
     distill.py      all block scales, trained for some steps towards the unmerged model's logits
     evaluate.py     KL to the unmerged model, agreement, loss, error of each layer

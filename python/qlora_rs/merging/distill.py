@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +29,19 @@ LEARNING_RATE = 1e-3
 ASIDE = 24
 # How much of what was learned may be kept.
 SHARES = (0.0, 0.5, 1.0)
+# Every so many steps what was learned is stored, where there is a store.
+KEEP_EVERY = 4
+_STORED = "distillation"
+
+
+class Store(Protocol):
+    """Where named tensors survive an interruption (`recipes/merge_store.py`)."""
+
+    def load(self, name: str) -> dict[str, Tensor] | None:
+        """What was saved, if it is there and whole."""
+
+    def save(self, name: str, tensors: dict[str, Tensor]) -> None:
+        """Keep these tensors; all of them or, if interrupted, what was kept before."""
 
 
 class _ScaledLinear(torch.autograd.Function):
@@ -117,19 +130,19 @@ def distill(
     learning_rate: float = LEARNING_RATE,
     tokens_per_step: int = 512,
     progress: Callable[[int, int, float], None] | None = None,
+    store: Store | None = None,
 ) -> dict[str, PackedWeight]:
     """Train the scales of `merged` so that the model with them answers as `model` does.
 
     model: the unmerged one; it is not changed. merged: the layers that take the place of its
-    adapted ones. progress: called as (step, steps, KL). Memory: the activations of
+    adapted ones. progress: called as (step, steps, KL). store: goes on, with the same result, where
+    an earlier call with the same arguments was interrupted. Memory: the activations of
     one batch, two logits, and 16 bytes per block (0.25 per weight).
     """
     students = {name: ScaledNF4Linear(layer) for name, layer in merged.items()}
-    parameters = [student.g for student in students.values()]
-    optimizer = torch.optim.Adam(parameters, lr=learning_rate, betas=(0.9, 0.95))
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: 0.5 * (1 + math.cos(math.pi * step / max(steps, 1)))
-    )
+    optimizer = torch.optim.Adam([s.g for s in students.values()], betas=(0.9, 0.95))
+    plan = torch.tensor([steps, learning_rate], dtype=torch.float64)
+    done = 0 if store is None else _resume(store, students, optimizer, plan)
     frozen = [p for p in model.parameters() if p.requires_grad]
     aside = batches[ASIDE - 1 :: ASIDE]
     trained = [batch for i, batch in enumerate(batches) if i % ASIDE != ASIDE - 1]
@@ -138,18 +151,71 @@ def distill(
         parameter.requires_grad_(False)
     try:
         for step, chosen in enumerate(order):
+            if step < done:
+                continue
+            optimizer.param_groups[0]["lr"] = learning_rate * _cosine(step / steps)
             total, positions = 0.0, sum(int(scored(batch)[0].sum()) for batch in chosen)
             for batch in chosen:
                 total += _backward(model, students, batch, max(positions, 1))
             optimizer.step()
             optimizer.zero_grad()
-            schedule.step()
+            if store is not None and (step + 1) % KEEP_EVERY == 0:
+                _keep(store, students, optimizer, plan, step + 1)
             if progress is not None:
                 progress(step + 1, steps, total)
     finally:
         for parameter in frozen:
             parameter.requires_grad_(True)
     return _best(model, students, aside)
+
+
+def _cosine(share: float) -> float:
+    """The learning rate after a share of the steps, from one down to zero."""
+    return 0.5 * (1 + math.cos(math.pi * share))
+
+
+def _keep(
+    store: Store,
+    students: dict[str, ScaledNF4Linear],
+    optimizer: torch.optim.Adam,
+    plan: Tensor,
+    done: int,
+) -> None:
+    tensors = {"plan": plan, "done": torch.tensor(done)}
+    for name, student in students.items():
+        state = optimizer.state[student.g]
+        tensors[f"{name}.g"] = student.g.detach()
+        tensors[f"{name}.first"] = state["exp_avg"]
+        tensors[f"{name}.second"] = state["exp_avg_sq"]
+    store.save(_STORED, tensors)
+
+
+def _resume(
+    store: Store,
+    students: dict[str, ScaledNF4Linear],
+    optimizer: torch.optim.Adam,
+    plan: Tensor,
+) -> int:
+    """Take back what `_keep` stored, if it belongs to these layers and steps; the steps done."""
+    tensors = store.load(_STORED)
+    if tensors is None or not torch.equal(tensors.get("plan", torch.empty(0)), plan):
+        return 0
+    wanted = {
+        f"{name}.{part}": student.g.shape
+        for name, student in students.items()
+        for part in ("g", "first", "second")
+    }
+    if any(key not in tensors or tensors[key].shape != wanted[key] for key in wanted):
+        return 0
+    done = int(tensors["done"])
+    for name, student in students.items():
+        student.g.data.copy_(tensors[f"{name}.g"])
+        optimizer.state[student.g] = {
+            "step": torch.tensor(float(done)),
+            "exp_avg": tensors[f"{name}.first"].clone(),
+            "exp_avg_sq": tensors[f"{name}.second"].clone(),
+        }
+    return done
 
 
 def _best(

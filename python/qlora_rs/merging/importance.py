@@ -19,20 +19,28 @@ from torch import Tensor, nn
 from qlora_rs.merging.evaluate import logits_of, scored
 from qlora_rs.merging.solve import shrink
 from qlora_rs.merging.statistics import Batch, Gram, Moment, hooks_on
+from qlora_rs.merging.unbiased import RETURNED
 
 
 @dataclass(frozen=True)
 class Mixture:
-    """How a method's H is made: the share of its weighted form, and whether it is shrunk."""
+    """How a method's H is made: the share of its weighted form, and whether it is shrunk; whether
+    rows are coupled (`coupling.py`), and how much of what the update lacks is given back
+    (`unbiased.py`)."""
 
     share: float
     shrunk: bool
+    coupled: bool
+    returned: float
 
 
 # By the KL that the whole model ends with, a larger share and no shrinkage are better where scales
 # are trained afterwards; for the outputs of each layer by itself, which `calibrated` answers for,
 # the other.
-MIXTURES = {"calibrated": Mixture(0.125, True), "distilled": Mixture(0.25, False)}
+MIXTURES = {
+    "calibrated": Mixture(share=0.125, shrunk=True, coupled=False, returned=RETURNED),
+    "distilled": Mixture(share=0.25, shrunk=False, coupled=True, returned=1.0),
+}
 # One batch of so many is enough for weights, which need a backward pass.
 EVERY = 6
 
@@ -89,19 +97,21 @@ def _pass(
     inputs: dict[int, Tensor] = {}
     weights: dict[int, Tensor] = {}
 
-    def look(place: int) -> Callable[..., None]:
+    def look(place: int, name: str) -> Callable[..., None]:
         def after(module: nn.Module, arguments: tuple, output: Tensor) -> None:
             if place not in inputs:
                 inputs[place] = arguments[0].detach()
                 portion[place].add(inputs[place], kept)
             if output.requires_grad:
-                output.register_hook(lambda grad: count(place, grad))
+                output.register_hook(lambda grad: count(place, name, grad))
 
         return after
 
-    def count(place: int, grad: Tensor) -> None:
+    def count(place: int, name: str, grad: Tensor) -> None:
         weight = grad.float().square().sum(-1)
         weights[place] = weights[place] + weight if place in weights else weight
+        if name in portion[place].outputs:
+            portion[place].outputs[name].add(grad)
 
     def start(module: nn.Module, arguments: tuple) -> None:
         # The gradient's graph begins here: before it, everything is frozen.
@@ -109,7 +119,7 @@ def _pass(
             arguments[0].requires_grad_(True)
 
     first: Any = portion[0].layers[0].module
-    after = {m.module: look(i) for i, group in enumerate(portion) for m in group.layers}
+    after = {m.module: look(i, m.name) for i, group in enumerate(portion) for m in group.layers}
     with hooks_on({first: start}), hooks_on(after, after=True):
         logits = logits_of(model, batch)[:, :-1][mask]
         # What is not finite here is refused by name when H is taken.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from qlora_rs.layers import NF4Linear
 from qlora_rs.merging import distill as distillation
 from qlora_rs.merging import importance, solve
 from qlora_rs.merging.adapted import AdaptedLayer, find_adapted
+from qlora_rs.merging.coupling import OutputMoment
 from qlora_rs.merging.evaluate import compare, model_inputs
 from qlora_rs.merging.report import LayerReport, MergeReport
 from qlora_rs.merging.statistics import (
@@ -24,6 +26,7 @@ from qlora_rs.merging.statistics import (
     count_tokens,
     group_by_input,
 )
+from qlora_rs.merging.unbiased import calibrate_unbiased
 from qlora_rs.model import replace_module
 from qlora_rs.quantize import PackedWeight
 
@@ -130,6 +133,17 @@ def _split(
     return fitting, held_out
 
 
+@dataclass(frozen=True)
+class _Known:
+    """What statistics tell the solver of one layer; curvature: None where blocks span rows."""
+
+    second_moment: Tensor
+    curvature: solve.Curvature | None
+    anneal: int
+    couplings: list[solve.Coupling] | None
+    returned: float
+
+
 class _Job:
     """One merge in progress."""
 
@@ -163,7 +177,7 @@ class _Job:
         started = time.monotonic()
         if method == "nearest":
             for layer in self.layers:
-                self._solve(layer, None, None, hybrid_rank)
+                self._solve(layer, hybrid_rank)
         else:
             self._calibrate(fitting, hybrid_rank, method)
         self._clock("calibrate" if method != "nearest" else "round", started)
@@ -178,6 +192,7 @@ class _Job:
                     steps,
                     learning_rate,
                     progress=lambda done, total, kl: self.progress("distill", done, total),
+                    store=self.store,
                 )
             self.merged |= packed
             merged = {layer.name: self._replacement(layer) for layer in self.layers}
@@ -201,6 +216,9 @@ class _Job:
         groups = [group for group in self._groups(batches[0]) if not self._restore(group)]
         for group in groups:
             group.parted = True
+            if mixture.coupled:
+                rows = {layer.name: layer.packed.shape[0] for layer in group.layers}
+                group.outputs = {name: OutputMoment(count) for name, count in rows.items()}
         done = len(self.merged)
         stage = "statistics"
         portions = collect(
@@ -225,16 +243,20 @@ class _Job:
                 if group.columns % size == 0:
                     curvature = solve.Curvature.of(second_moment, size)
                 for layer in group.layers:
-                    self._solve(layer, second_moment, curvature, hybrid_rank, anneal)
+                    outputs = group.outputs.get(layer.name)
+                    couplings = outputs.couplings() if outputs is not None else None
+                    known = _Known(second_moment, curvature, anneal, couplings, mixture.returned)
+                    self._solve(layer, hybrid_rank, known)
                     done += 1
                     self.progress("solve", done, len(self.layers))
                     self._keep(layer.name)
                 largest = max(layer.packed.shape.numel() for layer in group.layers)
                 # H and its mean; H, U and the order kept, and the factor in float64; target,
-                # delta, lanes of the strips.
+                # delta, lanes of the strips; F and its factor in float64.
                 working = 4 * (group.columns**2 * 5) + 4 * 5 * largest
+                working += 5 * max((m.nbytes for m in group.outputs.values()), default=0)
                 self.report.extra_bytes = max(self.report.extra_bytes, held + working)
-                group.total = group.weighted = group.excess = None
+                group.forget()
                 held -= own
 
     def _restore(self, group: Moment) -> bool:
@@ -269,10 +291,8 @@ class _Job:
     def _solve(
         self,
         layer: AdaptedLayer,
-        second_moment: Tensor | None,
-        curvature: solve.Curvature | None,
         hybrid_rank: int,
-        anneal: int = solve.ANNEAL,
+        known: _Known | None = None,
     ) -> None:
         wanted = layer.target()
         if not torch.isfinite(wanted).all():
@@ -282,16 +302,27 @@ class _Job:
             if factors is None:
                 raise QloraError(f"hybrid_rank cannot split the DoRA adapter of {layer.name}")
             rank = min(hybrid_rank, factors[1].shape[0])
+            second_moment = None if known is None else known.second_moment
             lora_b, lora_a = solve.strongest(*factors, rank, second_moment)
             self.residuals[layer.name] = (lora_b, lora_a)
             wanted = wanted - lora_b @ lora_a
         nearest = self._round(layer)
         self.nearest[layer.name] = self.merged[layer.name] = nearest
         fallback = solve.why_nearest_only(layer.packed)
-        if curvature is not None and fallback is None:
-            self.merged[layer.name] = solve.calibrate(wanted, nearest, curvature, anneal=anneal)
-        elif second_moment is not None and fallback is not None:
+        if known is not None and fallback is not None:
             self.fallbacks[layer.name] = fallback
+        elif known is not None and known.curvature is not None:
+            factors = layer.factors()
+            self.merged[layer.name] = calibrate_unbiased(
+                wanted,
+                nearest,
+                known.curvature,
+                known.second_moment,
+                None if factors is None else factors[1],
+                known.returned,
+                known.anneal,
+                known.couplings,
+            )
 
     def _replacement(self, layer: AdaptedLayer, packed: PackedWeight | None = None) -> NF4Linear:
         weight = self.merged[layer.name] if packed is None else packed
@@ -322,7 +353,7 @@ class _Job:
                 moment = group.mean() if group.tokens else None
                 for layer in group.layers:
                     found[layer.name] = self._layer(layer, moment)
-                group.total = None
+                group.forget()
         report.layers = [found[layer.name] for layer in self.layers]
         variants: dict[str, dict[str, nn.Module]] = {"merged": dict(merged)}
         if report.method != "nearest":

@@ -21,7 +21,7 @@ from qlora_rs.quantize import PackedWeight, quantize
 
 METHODS = ("nearest", "calibrated", "distilled")
 # Of the solver's settings: layers that another revision finished are not mixed with new ones.
-REVISION = 2
+REVISION = 3
 DAMPING = 3e-4  # of the mean diagonal of H
 SWEEPS = 8
 TOLERANCE = 1e-3
@@ -29,6 +29,7 @@ ROUNDS = 0
 ANNEAL = 20
 FEWEST_SWEEPS, MOST_SWEEPS = 10, 28  # of annealing, where the number of tokens is known
 SHRINKAGE, MOST_SHRINKAGE = 2.0, 0.5
+OUTPUT_DAMPING = 0.01  # of the mean diagonal of F
 
 
 @dataclass(frozen=True)
@@ -97,8 +98,10 @@ def merge(
         assert second_moment is not None
         fallback = why_nearest_only(packed)
         if fallback is None:
+            from qlora_rs.merging.unbiased import RETURNED, calibrate_unbiased
+
             curvature = Curvature.of(second_moment, packed.block_size)
-            result = calibrate(target, nearest, curvature)
+            result = calibrate_unbiased(target, nearest, curvature, second_moment, a, RETURNED)
     report = measure("", target, delta, result, nearest, second_moment, fallback)
     return MergeResult(result, report, None if residual is None else (residual[1], residual[0]))
 
@@ -192,6 +195,19 @@ class Curvature:
         return self.order.nbytes + self.hessian.nbytes + self.factor.nbytes
 
 
+@dataclass(frozen=True)
+class Coupling:
+    """How the errors of rows `first`, `first + 1`, ... add up: F [rows, rows] (`coupling.py`)."""
+
+    first: int
+    moment: Tensor
+
+    @property
+    def rows(self) -> int:
+        """How many rows."""
+        return self.moment.shape[0]
+
+
 def shrink(second_moment: Tensor, tokens: int) -> Tensor:
     """H estimated from `tokens` rows, drawn towards its diagonal, in place.
 
@@ -224,24 +240,35 @@ def calibrate(
     tolerance: float = TOLERANCE,
     rounds: int = ROUNDS,
     anneal: int = ANNEAL,
+    couplings: list[Coupling] | None = None,
 ) -> PackedWeight:
     """Codes and scales for `target` [out, in], never worse than `nearest` in any row of
-    tr(E H Eᵀ), E = target - result and H the damped one."""
+    tr(E H Eᵀ), E = target - result and H the damped one.
+
+    couplings: F of all rows, piece by piece; then rows make up for each other's errors, which is
+    better in tr(F E H Eᵀ) and may be worse in some row.
+    """
     codes, absmax = torch.empty_like(nearest.codes), torch.empty_like(nearest.absmax)
-    _rust.merge_calibrate(
-        to_dlpack(target.contiguous()),
-        Packed(*nearest.arguments()).capsules(),
-        (nearest.shape[0], nearest.shape[1]),
-        nearest.block_size,
-        (to_dlpack(curvature.order), to_dlpack(curvature.hessian), to_dlpack(curvature.factor)),
-        sweeps,
-        tolerance,
-        rounds,
-        anneal,
-        to_dlpack(codes),
-        to_dlpack(absmax),
-        torch.get_num_threads(),
-    )
+    pieces: list[Coupling | None] = [*couplings] if couplings else [None]
+    for piece in pieces:
+        coupling = None
+        if piece is not None:
+            coupling = (piece.first, piece.rows, to_dlpack(piece.moment), OUTPUT_DAMPING)
+        _rust.merge_calibrate(
+            to_dlpack(target.contiguous()),
+            Packed(*nearest.arguments()).capsules(),
+            (nearest.shape[0], nearest.shape[1]),
+            nearest.block_size,
+            (to_dlpack(curvature.order), to_dlpack(curvature.hessian), to_dlpack(curvature.factor)),
+            sweeps,
+            tolerance,
+            rounds,
+            anneal,
+            to_dlpack(codes),
+            to_dlpack(absmax),
+            coupling,
+            torch.get_num_threads(),
+        )
     nested = (nearest.nested_absmax, nearest.nested_offset, nearest.nested_map)
     return PackedWeight(codes, absmax, *nested, nearest.shape, nearest.dtype, nearest.block_size)
 

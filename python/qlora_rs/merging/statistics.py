@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,9 @@ from torch import Tensor, nn
 from qlora_rs.errors import QloraError
 from qlora_rs.merging.adapted import AdaptedLayer
 from qlora_rs.merging.solve import add_moment, full_moment
+
+if TYPE_CHECKING:
+    from qlora_rs.merging.coupling import OutputMoment
 
 Batch = dict[str, Tensor]
 # Rows of each input that wait to be summed.
@@ -65,6 +68,7 @@ class Moment:
     total: Σ xᵀx so far. reached: whether the first batch came here. seen: the
     tensor that the pass in progress brought. weighted: see `importance.py`. parted: whether what
     a few tokens have `beyond` the rest is summed apart, in excess (to calibrate), or not.
+    outputs: by layer, how the errors of its outputs add up (`coupling.py`), where it is wanted.
     """
 
     layers: list[AdaptedLayer]
@@ -75,6 +79,7 @@ class Moment:
     weighted: Gram | None = field(default=None, repr=False)
     parted: bool = False
     excess: Gram | None = field(default=None, repr=False)
+    outputs: dict[str, OutputMoment] = field(default_factory=dict, repr=False)
 
     @property
     def columns(self) -> int:
@@ -85,7 +90,18 @@ class Moment:
     def nbytes(self) -> int:
         """Bytes of what is summed."""
         sums = (self.total, self.weighted, self.excess)
-        return sum(gram.total.nbytes for gram in sums if gram is not None)
+        own = sum(gram.total.nbytes for gram in sums if gram is not None)
+        return own + sum(moment.nbytes for moment in self.outputs.values())
+
+    @property
+    def most_bytes(self) -> int:
+        """Bytes that it may come to: H, a weighted one and an excess, and what outputs take."""
+        return 12 * self.columns**2 + sum(moment.nbytes for moment in self.outputs.values())
+
+    def forget(self) -> None:
+        """Drop everything that was summed."""
+        self.total = self.weighted = self.excess = None
+        self.outputs = {}
 
     def add(self, x: Tensor, mask: Tensor | None) -> None:
         """Count the rows of x [..., in], but for those that mask [...] leaves out."""
@@ -218,9 +234,8 @@ def collect(
         return
     portions: list[list[Moment]] = [[]]
     for group in groups:
-        # Each H may have a weighted one and an excess beside it.
-        used = sum(12 * other.columns**2 for other in portions[-1])
-        if portions[-1] and used + 12 * group.columns**2 > budget:
+        used = sum(other.most_bytes for other in portions[-1])
+        if portions[-1] and used + group.most_bytes > budget:
             portions.append([])
         portions[-1].append(group)
     done, total = 0, len(portions) * len(batches)

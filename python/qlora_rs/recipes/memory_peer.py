@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import Any
 
 from qlora_rs.errors import QloraError
+from qlora_rs.recipes.process_memory import forget_peak, peak, resident
 
 METHODS = ("nf4", "float")
 
@@ -61,21 +62,22 @@ def measure(directory: Path, method: str, tokens: int, dtype: str) -> dict[str, 
         raise QloraError(f"the method must be one of {', '.join(METHODS)}, got {method!r}")
     # Work done once per process (thread pools, kernels' workspaces) is not the model's memory.
     torch.nn.Linear(64, 64)(torch.zeros(4, 64)).sum().backward()
-    before = _resident()
+    before = resident()
     config = transformers.AutoConfig.from_pretrained(directory)
     model = transformers.AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype))
     model, base_bytes = _prepare(model, method, model_bytes)
     _release()
-    built = _resident()
-    _forget_peak()
+    built = resident()
+    if not forget_peak():
+        raise QloraError("the peak memory cannot be reset here (/proc/self/clear_refs)")
     _train(model, tokens, config.vocab_size)
-    peak = _peak()
-    known = before is not None and built is not None and peak is not None
+    most = peak()
+    known = before is not None and built is not None and most is not None
     return {
         "method": method,
         "weight_bytes": base_bytes,
         "model_bytes": built - before if known else None,  # type: ignore[operator]
-        "step_bytes": peak - before if known else None,  # type: ignore[operator]
+        "step_bytes": most - before if known else None,  # type: ignore[operator]
     }
 
 
@@ -109,33 +111,6 @@ def _train(model: Any, tokens: int, vocabulary: int) -> None:
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-
-
-def _status(field: str) -> int | None:
-    """Read a field of /proc/self/status in bytes; None where there is none."""
-    try:
-        for line in Path("/proc/self/status").read_text().split("\n"):
-            if line.startswith(field + ":"):
-                return int(line.split()[1]) * 1024
-    except OSError:
-        pass
-    return None
-
-
-def _resident() -> int | None:
-    return _status("VmRSS")
-
-
-def _peak() -> int | None:
-    return _status("VmHWM")
-
-
-def _forget_peak() -> None:
-    """Start the peak count afresh, so that loading does not hide the step (man 5 proc)."""
-    try:
-        Path("/proc/self/clear_refs").write_text("5")
-    except OSError as error:
-        raise QloraError(f"the peak memory cannot be reset here ({error})") from None
 
 
 def _release() -> None:

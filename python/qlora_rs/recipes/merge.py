@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import resource
 import shutil
 import time
 import warnings
@@ -32,6 +31,7 @@ from qlora_rs.recipes.merge_page import merge_page
 from qlora_rs.recipes.merge_store import LayerStore
 from qlora_rs.recipes.merge_text import Batch, digest, generate_calibration, read_calibration
 from qlora_rs.recipes.output_folder import write_text
+from qlora_rs.recipes.process_memory import forget_peak, peak, resident
 from qlora_rs.recipes.progress import Progress, duration
 from qlora_rs.recipes.quantized_folder import (
     filled_folder,
@@ -39,6 +39,7 @@ from qlora_rs.recipes.quantized_folder import (
     load_quantized_folder,
     save_quantized_folder,
 )
+from qlora_rs.recipes.report import peak_rss_bytes
 from qlora_rs.recipes.settings import DTYPES, FinetuneSettings
 
 REPORT_FILE, PAGE_FILE, PLOT_FILE = "merge.json", "merge.html", "merge.svg"
@@ -96,7 +97,7 @@ def merge_checkpoint(
     """Merge and write the result; return what merge.json holds.
 
     The output folder appears when it is complete. Interrupted at any point, the same call goes on
-    with the layers that were finished (the distillation, a few minutes, starts again). Raises
+    with the layers and the steps of distillation that were finished. Raises
     QloraError when base, adapter, text or output do not fit, or the result is above the limit.
     """
     progress = progress or Progress(quiet=True)
@@ -105,10 +106,16 @@ def merge_checkpoint(
     _check_output(output, overwrite)
     notes: list[str] = []
     base = _load(settings, notes, progress)
+    loading = peak_rss_bytes()
+    held = resident() if forget_peak() else None
     if settings.to == "nf4":
         report, batches = _merge(settings, base, notes, output, progress)
     else:
         report, batches = MergeReport(settings.to, notes=notes), []
+    most = peak()
+    memory = {"peak_rss_bytes": max(loading, most or peak_rss_bytes())}
+    if held is not None and most is not None:
+        memory["peak_above_model_bytes"] = max(most - held, 0)
     record = {
         "qlora_rs": qlora_rs.__version__,
         "base": settings.base,
@@ -118,7 +125,7 @@ def merge_checkpoint(
         **report.to_dict(),
     }
     record["seconds"]["all"] = round(time.monotonic() - started, 1)
-    record["peak_rss_bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    record |= memory
     progress.stage(f"Writing {output}")
     output.parent.mkdir(parents=True, exist_ok=True)
     # Filled beside it; an old one stands until the new one is whole.

@@ -2,9 +2,10 @@
 
     .OUT.merging/identity.json        what must be equal for the layers to be used again
     .OUT.merging/<layer>.safetensors  one merged weight in bitsandbytes' format; written atomically
+    .OUT.merging/<distillation>.safetensors   what distillation has learned so far
 
-A file that cannot be read counts as absent: its layer is solved again. Removed when the merge is
-complete.
+File names are digests. A file that cannot be read counts as absent: its layer is solved again.
+Removed when the merge is complete.
 """
 
 from __future__ import annotations
@@ -47,13 +48,15 @@ class LayerStore:
 
     def get(self, name: str) -> tuple[PackedWeight, tuple[Tensor, Tensor] | None] | None:
         """A finished layer and what stays beside it as an adapter (B, A); None if there is none."""
+        tensors = self.load(name)
+        if tensors is None:
+            return None
+        residual = None
+        if "residual_b" in tensors:
+            residual = (tensors.pop("residual_b"), tensors.pop("residual_a"))
         try:
-            tensors = safetensors.torch.load(self._file(name).read_bytes())
-            residual = None
-            if "residual_b" in tensors:
-                residual = (tensors.pop("residual_b"), tensors.pop("residual_a"))
             return PackedWeight.from_bitsandbytes(tensors, "weight"), residual
-        except (OSError, ValueError, KeyError, safetensors.SafetensorError):
+        except (ValueError, KeyError):
             return None
 
     def put(
@@ -63,6 +66,17 @@ class LayerStore:
         tensors = packed.to_bitsandbytes("weight")
         if residual is not None:
             tensors |= {"residual_b": residual[0], "residual_a": residual[1]}
+        self.save(name, tensors)
+
+    def load(self, name: str) -> dict[str, Tensor] | None:
+        """Tensors that were saved; None if they are not there or damaged."""
+        try:
+            return safetensors.torch.load(self._file(name).read_bytes())
+        except (OSError, ValueError, KeyError, safetensors.SafetensorError):
+            return None
+
+    def save(self, name: str, tensors: dict[str, Tensor]) -> None:
+        """Keep tensors under a name that is no layer's, or a layer's."""
         data = safetensors.torch.save({key: t.contiguous() for key, t in tensors.items()})
         write_atomically(self._file(name), data)
 

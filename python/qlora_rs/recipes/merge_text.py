@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from qlora_rs.errors import QloraError
+from qlora_rs.merging.evaluate import IGNORED
 from qlora_rs.recipes.data import read_examples
 from qlora_rs.recipes.encode import encode_examples
 
@@ -21,7 +22,8 @@ def read_calibration(path: Path, tokenizer: Any, tokens: int, length: int) -> li
     """Rows of at most `length` tokens from a file, `tokens` in all or a row more.
 
     .jsonl: chats as `finetune` reads them, whose answers alone are scored; rows are drawn evenly
-    from the whole file. Anything else: plain UTF-8 text, cut into pieces of `length` tokens.
+    from the whole file, short ones several to a batch. Anything else: plain UTF-8 text, cut into
+    pieces of `length` tokens.
     """
     if path.suffix == ".jsonl":
         examples = read_examples(path).examples
@@ -34,10 +36,7 @@ def read_calibration(path: Path, tokenizer: Any, tokens: int, length: int) -> li
         kept = min(len(encoded), max(2, round(tokens / mean)))
         step = len(encoded) / kept
         rows = [encoded[int(place * step)] for place in range(kept)]
-        return [
-            {"input_ids": torch.tensor([e.input_ids]), "labels": torch.tensor([e.labels])}
-            for e in rows
-        ]
+        return batched([(e.input_ids, e.labels) for e in rows], length)
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -50,6 +49,42 @@ def read_calibration(path: Path, tokenizer: Any, tokens: int, length: int) -> li
     kept = min(len(pieces), max(2, tokens // length))
     step = len(pieces) / kept
     return [{"input_ids": torch.tensor([pieces[int(place * step)]])} for place in range(kept)]
+
+
+def batched(rows: list[tuple[list[int], list[int]]], tokens: int) -> list[Batch]:
+    """(token ids, labels) of rows → batches of at most `tokens`, padding among them.
+
+    A model takes many short rows at once in half the time that it takes them one by one. Rows stay
+    in order; padding is at the end, where a causal model does not see it.
+
+    >>> [batch["input_ids"].tolist() for batch in batched([([1, 2], [1, 2]), ([3], [3])], 4)]
+    [[[1, 2], [3, 0]]]
+    """
+    batches: list[Batch] = []
+    waiting: list[tuple[list[int], list[int]]] = []
+    for row in rows:
+        width = max(len(ids) for ids, _ in (*waiting, row))
+        if waiting and width * (len(waiting) + 1) > tokens:
+            batches.append(_padded(waiting))
+            waiting = []
+        waiting.append(row)
+    return batches + ([_padded(waiting)] if waiting else [])
+
+
+def _padded(rows: list[tuple[list[int], list[int]]]) -> Batch:
+    width = max(len(ids) for ids, _ in rows)
+
+    def filled(values: list[int], padding: int) -> list[int]:
+        return values + [padding] * (width - len(values))
+
+    batch = {
+        "input_ids": torch.tensor([filled(ids, 0) for ids, _ in rows]),
+        "labels": torch.tensor([filled(labels, IGNORED) for _, labels in rows]),
+    }
+    if any(len(ids) < width for ids, _ in rows):
+        ones = [filled([1] * len(ids), 0) for ids, _ in rows]
+        batch["attention_mask"] = torch.tensor(ones)
+    return batch
 
 
 @torch.no_grad()

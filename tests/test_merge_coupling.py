@@ -1,0 +1,201 @@
+"""Rows solved with regard to each other; distillation that goes on where it stopped."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiny_llama
+import torch
+from torch import Tensor
+
+import qlora_rs
+from qlora_rs import PackedWeight
+from qlora_rs.merging import coupling, distill, solve, unbiased
+from qlora_rs.merging.coupling import OutputMoment
+from qlora_rs.merging.statistics import as_batches
+from qlora_rs.recipes.merge_store import LayerStore
+from qlora_rs.recipes.merge_text import batched
+
+
+def gradients(tokens: int, rows: int, common: float = 3.0) -> Tensor:
+    """Output gradients with some directions that all rows share."""
+    shared = torch.randn(tokens, 4) @ torch.randn(4, rows)
+    return torch.randn(tokens, rows) + common * shared
+
+
+def moment_of(values: Tensor) -> OutputMoment:
+    moment = OutputMoment(values.shape[-1])
+    moment.add(values)
+    return moment
+
+
+def layer(rows: int, columns: int = 128) -> tuple[Tensor, PackedWeight, Tensor]:
+    """A target, its plain rounding, and H of correlated inputs."""
+    packed = qlora_rs.quantize(torch.randn(rows, columns) * 0.05)
+    target = packed.dequantize() + torch.randn(rows, 4) @ torch.randn(4, columns) * 2e-3
+    inputs = torch.randn(1024, columns) @ torch.randn(columns, columns) / columns**0.5
+    return target, solve.quantize_like(packed, target), inputs.t() @ inputs / 1024
+
+
+def calibrate_coupled(
+    target: Tensor,
+    nearest: PackedWeight,
+    curvature: solve.Curvature,
+    h: Tensor,
+    outputs: OutputMoment,
+) -> PackedWeight:
+    return unbiased.calibrate_unbiased(
+        target, nearest, curvature, h, None, 0.0, couplings=outputs.couplings()
+    )
+
+
+def cost(target: Tensor, result: PackedWeight, h: Tensor, f: np.ndarray) -> float:
+    """tr(F E H Eᵀ) in float64, from the bytes alone."""
+    error = (target.double() - result.dequantize(torch.float64)).numpy()
+    return float(np.trace(f @ error @ h.double().numpy() @ error.T))
+
+
+def same(left: PackedWeight, right: PackedWeight) -> bool:
+    return torch.equal(left.codes, right.codes) and torch.equal(left.absmax, right.absmax)
+
+
+def test_f_is_the_shrunk_moment_of_mean_one() -> None:
+    values = gradients(400, 96)
+    f = values.double().numpy().T @ values.double().numpy()
+    f /= np.trace(f) / 96
+    kept = 1.0 - 2.0 * 96 / 400
+    expected = f * (kept + (1.0 - kept) * np.eye(96))
+    (found,) = moment_of(values).couplings()
+    assert (found.first, found.rows) == (0, 96)
+    np.testing.assert_allclose(found.moment.double().numpy(), expected, atol=1e-5 * expected.max())
+
+
+def test_padding_is_no_token() -> None:
+    values = gradients(64, 48)
+    padded = torch.cat([values, torch.zeros(32, 48)]).view(2, 48, 48)
+    with_padding, without = moment_of(padded), moment_of(values)
+    assert with_padding.tokens == without.tokens == 64
+    (left,), (right,) = with_padding.couplings(), without.couplings()
+    assert torch.equal(left.moment, right.moment)
+
+
+@pytest.mark.parametrize("rows", [40, 192, 300])
+def test_coupled_rows_answer_with_less_error(rows: int) -> None:
+    target, nearest, h = layer(rows)
+    values = gradients(4000, rows)
+    f = values.double().numpy().T @ values.double().numpy() / 4000
+    curvature = solve.Curvature.of(h, 64)
+    alone = solve.calibrate(target, nearest, curvature)
+    coupled = calibrate_coupled(target, nearest, curvature, h, moment_of(values))
+    one = np.eye(rows)
+    if rows <= 48:  # a single strip: no row knows of another
+        assert same(alone, coupled)
+        return
+    assert cost(target, coupled, h, f) < 0.8 * cost(target, alone, h, f)
+    assert cost(target, coupled, h, one) <= cost(target, nearest, h, one)
+
+
+def test_without_gradients_every_row_is_solved_for_itself() -> None:
+    target, nearest, h = layer(300)
+    curvature = solve.Curvature.of(h, 64)
+    alone = solve.calibrate(target, nearest, curvature)
+    assert same(alone, calibrate_coupled(target, nearest, curvature, h, OutputMoment(300)))
+
+
+def test_a_coupling_that_does_the_layer_harm_is_dropped() -> None:
+    target, nearest, h = layer(192)
+    # All rows count as one output: anything may be done to them but to their sum.
+    values = torch.randn(4000, 1) + 0.01 * torch.randn(4000, 192)
+    curvature = solve.Curvature.of(h, 64)
+    coupled = calibrate_coupled(target, nearest, curvature, h, moment_of(values))
+    one = np.eye(192)
+    assert cost(target, coupled, h, one) <= cost(target, nearest, h, one)
+
+
+def test_wide_layers_have_several_factors(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(coupling, "PIECE", 96)
+    target, nearest, h = layer(250)
+    values = gradients(2000, 250)
+    moment = moment_of(values)
+    assert [found.first for found in moment.couplings()] == [0, 96, 192]
+    assert moment.nbytes == 4 * (96**2 + 96**2 + 58**2)
+    coupled = calibrate_coupled(target, nearest, solve.Curvature.of(h, 64), h, moment)
+    # Rows know of their own piece alone.
+    others = moment_of(torch.cat([values[:, :96], gradients(2000, 154)], dim=1))
+    found = calibrate_coupled(target, nearest, solve.Curvature.of(h, 64), h, others)
+    assert torch.equal(coupled.dequantize()[:96], found.dequantize()[:96])
+    assert not same(coupled, found)
+
+
+def test_the_number_of_threads_changes_nothing() -> None:
+    target, nearest, h = layer(300)
+    moment, curvature = moment_of(gradients(2000, 300)), solve.Curvature.of(h, 64)
+    before, found = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            found.append(calibrate_coupled(target, nearest, curvature, h, moment))
+    finally:
+        torch.set_num_threads(before)
+    assert same(*found)
+
+
+# ---- distillation -------------------------------------------------------------------------------
+
+
+class Interrupted(Exception):
+    """What happens to the process."""
+
+
+def distilled(store: LayerStore | None, stop_after: int | None = None) -> dict[str, PackedWeight]:
+    model = tiny_llama.with_adapter().eval()
+    layers = {m.name: m for m in qlora_rs.merging.adapted.find_adapted(model)}
+    merged = {
+        name: m.merged(solve.quantize_like(m.packed, m.target())) for name, m in layers.items()
+    }
+
+    def progress(step: int, steps: int, kl: float) -> None:
+        seen.append(step)
+        if step == stop_after:
+            raise Interrupted
+
+    seen: list[int] = []
+    torch.manual_seed(0)
+    batches = as_batches(torch.randint(64, (6, 4, 32)))
+    try:
+        return distill.distill(model, merged, batches, 10, progress=progress, store=store)
+    finally:
+        if store is not None and stop_after is None:
+            # What was stored is not done again: the steps after the last multiple are.
+            assert seen == list(range(distill.KEEP_EVERY + 1, 11))
+
+
+def test_an_interrupted_distillation_goes_on_with_the_same_result(tmp_path: Path) -> None:
+    store = LayerStore(tmp_path / "store", {"same": True})
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        whole = distilled(None)
+        with pytest.raises(Interrupted):
+            distilled(store, stop_after=distill.KEEP_EVERY + 2)
+        resumed = distilled(store)
+    assert whole.keys() == resumed.keys()
+    assert all(same(whole[name], resumed[name]) for name in whole)
+
+
+# ---- text ---------------------------------------------------------------------------------------
+
+
+def test_short_rows_share_a_batch_and_none_is_lost() -> None:
+    rows = [(list(range(1, n + 1)), [-100] * (n - 1) + [n]) for n in (3, 5, 2, 9, 20, 1)]
+    batches = batched(rows, tokens=12)
+    assert all(b["input_ids"].numel() <= max(12, b["input_ids"].shape[1]) for b in batches)
+    found = []
+    for batch in batches:
+        mask = batch.get("attention_mask", torch.ones_like(batch["input_ids"])).bool()
+        for ids, labels, kept in zip(batch["input_ids"], batch["labels"], mask, strict=True):
+            found.append((ids[kept].tolist(), labels[kept].tolist()))
+            assert (labels[~kept] == -100).all()
+    assert found == rows
