@@ -25,8 +25,8 @@ from qlora_rs.merging.unbiased import RETURNED
 @dataclass(frozen=True)
 class Mixture:
     """How a method's H is made: the share of its weighted form, and whether it is shrunk; whether
-    rows are coupled (`coupling.py`), and how much of what the update lacks is given back
-    (`unbiased.py`)."""
+    rows are coupled (`coupling.py`), and how much is given back of what the update lacks, at most,
+    as a share of its own effect (`unbiased.py`)."""
 
     share: float
     shrunk: bool

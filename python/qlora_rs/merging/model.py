@@ -319,6 +319,7 @@ class _Job:
                 known.curvature,
                 known.second_moment,
                 None if factors is None else factors[1],
+                wanted - layer.packed.dequantize(torch.float32),
                 known.returned,
                 known.anneal,
                 known.couplings,

@@ -101,7 +101,9 @@ def merge(
             from qlora_rs.merging.unbiased import RETURNED, calibrate_unbiased
 
             curvature = Curvature.of(second_moment, packed.block_size)
-            result = calibrate_unbiased(target, nearest, curvature, second_moment, a, RETURNED)
+            result = calibrate_unbiased(
+                target, nearest, curvature, second_moment, a, delta, RETURNED
+            )
     report = measure("", target, delta, result, nearest, second_moment, fallback)
     return MergeResult(result, report, None if residual is None else (residual[1], residual[0]))
 

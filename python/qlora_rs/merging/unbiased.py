@@ -23,9 +23,9 @@ from qlora_rs.merging import solve
 from qlora_rs.merging.solve import Coupling, Curvature, calibrate, energy
 from qlora_rs.quantize import PackedWeight
 
-# What `calibrated` gives back: all of it is better for the model's answers, none of it for each
-# layer's outputs.
-RETURNED = 0.5
+# What `calibrated` gives back, at most, of the update's own effect: the model's answers want all
+# that is missing, each layer's outputs none of it, and a layer that lacks much pays most.
+RETURNED = 0.15
 # Of the quick solution: it has lost what the final one would lose, nearly.
 FIRST_SWEEPS = 4
 # A layer whose error comes nearer to plain rounding's than this share is solved without.
@@ -53,24 +53,28 @@ def calibrate_unbiased(
     curvature: Curvature,
     second_moment: Tensor,
     lora_a: Tensor | None,
-    share: float,
+    update: Tensor,
+    returned: float,
     anneal: int = solve.ANNEAL,
     couplings: list[Coupling] | None = None,
 ) -> PackedWeight:
-    """As `solve.calibrate`, with a share of what the update lacks given back.
+    """As `solve.calibrate`, with what the update lacks given back.
 
     lora_a: [r, in], all adapters' together; None (DoRA has no such factor) gives nothing back.
+    update: [out, in], the part of target that is new. returned: how much is given back, at most, as
+    a share of the update's own effect on the outputs (root mean square).
     Where the layer as a whole would come near the output error of `nearest`, or above it, it is
     solved without, and without regard for other rows.
     """
     wanted = target
-    if lora_a is not None and share > 0.0:
+    if lora_a is not None and returned > 0.0:
         first = calibrate(
             target, nearest, curvature, sweeps=FIRST_SWEEPS, anneal=0, couplings=couplings
         )
         lost = missing(target - first.dequantize(torch.float32), lora_a, second_moment)
-        if torch.isfinite(lost).all():
-            wanted = target + share * lost
+        size = (energy(lost, second_moment) / max(energy(update, second_moment), 1e-30)) ** 0.5
+        if torch.isfinite(lost).all() and size > 0.0:
+            wanted = target + lost * min(1.0, returned / size)
     result = calibrate(wanted, nearest, curvature, anneal=anneal, couplings=couplings)
     if wanted is target and not couplings:
         return result

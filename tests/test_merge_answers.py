@@ -1,4 +1,4 @@
-"""Rows solved with regard to each other; distillation that goes on where it stopped."""
+"""Merged models that answer as unmerged ones: coupled rows, whole updates, distillation."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def calibrate_coupled(
     outputs: OutputMoment,
 ) -> PackedWeight:
     return unbiased.calibrate_unbiased(
-        target, nearest, curvature, h, None, 0.0, couplings=outputs.couplings()
+        target, nearest, curvature, h, None, target, 0.0, couplings=outputs.couplings()
     )
 
 
@@ -141,6 +141,64 @@ def test_the_number_of_threads_changes_nothing() -> None:
     finally:
         torch.set_num_threads(before)
     assert same(*found)
+
+
+# ---- what the update lacks ----------------------------------------------------------------------
+
+
+def kept(update: Tensor, base: Tensor, result: PackedWeight, h: Tensor) -> float:
+    """The share of the update's effect on the outputs that the result has, in float64."""
+    read = update.double() @ h.double()
+    moved = result.dequantize(torch.float64) - base.double()
+    return float((read * moved).sum() / (read * update.double()).sum())
+
+
+def with_adapter(rows: int = 96, columns: int = 128) -> tuple[PackedWeight, Tensor, Tensor, Tensor]:
+    """A packed weight, A, the update and H."""
+    packed = qlora_rs.quantize(torch.randn(rows, columns) * 0.05)
+    lora_a = torch.randn(4, columns)
+    update = torch.randn(rows, 4) @ lora_a * 5e-4
+    inputs = torch.randn(1024, columns) @ torch.randn(columns, columns) / columns**0.5
+    return packed, lora_a, update, inputs.t() @ inputs / 1024
+
+
+def test_what_rounding_takes_from_an_update_is_given_back() -> None:
+    packed, lora_a, update, h = with_adapter()
+    base = packed.dequantize(torch.float32)
+    target = base + update
+    nearest = solve.quantize_like(packed, target)
+    curvature = solve.Curvature.of(h, 64)
+    found = [
+        unbiased.calibrate_unbiased(target, nearest, curvature, h, lora_a, update, returned)
+        for returned in (0.0, 0.1, 1.0)
+    ]
+    assert same(found[0], solve.calibrate(target, nearest, curvature))
+    shares = [kept(update, base, result, h) for result in found]
+    assert shares[0] < 0.9
+    assert shares[0] + 0.03 < shares[1] < shares[2]
+    assert abs(1.0 - shares[2]) < 0.4 * (1.0 - shares[0])
+    errors = [solve.energy(target - result.dequantize(torch.float32), h) for result in found]
+    assert max(errors) < solve.energy(target - nearest.dequantize(torch.float32), h)
+
+
+def test_what_is_missing_is_the_projection_in_the_metric_of_the_inputs() -> None:
+    _, lora_a, update, h = with_adapter()
+    error = update + torch.randn_like(update) * 1e-3
+    part = unbiased.missing(error, lora_a, h).double().numpy()
+    a, metric = lora_a.double().numpy(), h.double().numpy()
+    root = np.linalg.cholesky(metric)
+    coefficients = np.linalg.lstsq(root.T @ a.T, root.T @ error.double().numpy().T, rcond=None)[0]
+    np.testing.assert_allclose(part, coefficients.T @ a, atol=1e-6)
+
+
+def test_directions_that_no_input_shows_get_nothing() -> None:
+    lora_a = torch.eye(8)[:2]
+    h = torch.zeros(8, 8)
+    h[0, 0] = 1.0
+    part = unbiased.missing(torch.ones(3, 8), lora_a, h)
+    expected = torch.zeros(3, 8)
+    expected[:, 0] = 1.0
+    assert torch.allclose(part, expected)
 
 
 # ---- distillation -------------------------------------------------------------------------------
