@@ -50,6 +50,8 @@ pub struct Effort {
     pub sweeps: usize,
     /// A strip is done when a pass changes less than this share of its codes.
     pub tolerance: f32,
+    /// Whether error feedback is a start too, not only the solution given.
+    pub feedback: bool,
     /// Error feedback starts so often again from the scales found so far.
     pub rounds: usize,
     /// Sweeps at a falling temperature before the last descent.
@@ -61,7 +63,7 @@ pub struct Effort {
 pub struct Problem<'a> {
     /// The weights wanted, [rows, columns].
     pub target: &'a [f32],
-    /// The target rounded to nearest; its second-level scales are the grid that stays.
+    /// The target rounded to nearest, or a better start; its second-level scales are the grid.
     pub nearest: PackedMatrix<'a>,
     /// H and its factor.
     pub curvature: Curvature<'a>,
@@ -185,9 +187,12 @@ fn solve_strip(
 ) -> Strip {
     let curvature = &problem.curvature;
     let start = nearest.objectives(kernels, curvature);
-    let mut ahead = nearest.clone();
-    feedback::choose_scales(kernels, &mut ahead, grid, curvature);
-    feedback::round(kernels, &mut ahead, curvature);
+    let ahead = problem.effort.feedback.then(|| {
+        let mut ahead = nearest.clone();
+        feedback::choose_scales(kernels, &mut ahead, grid, curvature);
+        feedback::round(kernels, &mut ahead, curvature);
+        ahead
+    });
     let mut best = nearest.clone();
     let mut best_objectives = start;
     let mut settle = |mut strip: Strip| {
@@ -201,8 +206,10 @@ fn solve_strip(
         }
         best.clone()
     };
-    settle(nearest);
-    let mut found = settle(ahead);
+    let mut found = settle(nearest);
+    if let Some(ahead) = ahead {
+        found = settle(ahead);
+    }
     for _ in 0..problem.effort.rounds {
         feedback::round(kernels, &mut found, curvature);
         found = settle(found);

@@ -111,6 +111,7 @@ def merge_calibrate(
     curvature: tuple[_Capsule, _Capsule, _Capsule],
     sweeps: int,
     tolerance: float,
+    feedback: bool,
     rounds: int,
     anneal: int,
     codes: _Capsule,

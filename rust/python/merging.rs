@@ -87,6 +87,7 @@ pub fn merge_calibrate(
     curvature: (Capsule<'_>, Capsule<'_>, Capsule<'_>),
     sweeps: usize,
     tolerance: f32,
+    feedback: bool,
     rounds: usize,
     anneal: usize,
     codes: &Capsule<'_>,
@@ -103,7 +104,7 @@ pub fn merge_calibrate(
         target: target.slice()?,
         nearest: packed.matrix(shape, block_size)?,
         curvature: Curvature::new(order.slice()?, hessian.slice()?, factor.slice()?, shape.1, block_size),
-        effort: Effort { sweeps, tolerance, rounds, anneal },
+        effort: Effort { sweeps, tolerance, feedback, rounds, anneal },
     };
     let mut codes = Argument::new("codes", codes)?;
     let mut absmax = Argument::new("absmax", absmax)?;

@@ -23,7 +23,7 @@ from qlora_rs.merging.evaluate import CHUNK, compare, logits_of, replaced, score
 from qlora_rs.merging.statistics import Batch
 from qlora_rs.quantize import PackedWeight
 
-STEPS = 44
+STEPS = 24
 LEARNING_RATE = 1e-3
 # One batch of so many is not trained on.
 ASIDE = 24

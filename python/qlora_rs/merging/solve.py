@@ -21,7 +21,7 @@ from qlora_rs.quantize import PackedWeight, quantize
 
 METHODS = ("nearest", "calibrated", "distilled")
 # Of the solver's settings: layers that another revision finished are not mixed with new ones.
-REVISION = 3
+REVISION = 4
 DAMPING = 3e-4  # of the mean diagonal of H
 SWEEPS = 8
 TOLERANCE = 1e-3
@@ -243,11 +243,13 @@ def calibrate(
     rounds: int = ROUNDS,
     anneal: int = ANNEAL,
     couplings: list[Coupling] | None = None,
+    feedback: bool = True,
 ) -> PackedWeight:
     """Codes and scales for `target` [out, in], never worse than `nearest` in any row of
     tr(E H Eᵀ), E = target - result and H the damped one.
 
-    couplings: F of all rows, piece by piece; then rows make up for each other's errors, which is
+    feedback: start from error feedback (GPTQ) too; without it `nearest`, which may be any solution
+    on the grid, is the only start. couplings: F of all rows, piece by piece; then rows make up for each other's errors, which is
     better in tr(F E H Eᵀ) and may be worse in some row.
     """
     codes, absmax = torch.empty_like(nearest.codes), torch.empty_like(nearest.absmax)
@@ -264,6 +266,7 @@ def calibrate(
             (to_dlpack(curvature.order), to_dlpack(curvature.hessian), to_dlpack(curvature.factor)),
             sweeps,
             tolerance,
+            feedback,
             rounds,
             anneal,
             to_dlpack(codes),

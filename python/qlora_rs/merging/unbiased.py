@@ -25,11 +25,11 @@ from qlora_rs.quantize import PackedWeight
 
 # What `calibrated` gives back, at most, of the update's own effect: the model's answers want all
 # that is missing, each layer's outputs none of it, and a layer that lacks much pays most.
-RETURNED = 0.15
+RETURNED = 0.12
 # Of the quick solution: it has lost what the final one would lose, nearly.
 FIRST_SWEEPS = 4
 # A layer whose error comes nearer to plain rounding's than this share is solved without.
-MOST_RATIO = 0.95
+MOST_RATIO = 0.85
 
 
 def missing(error: Tensor, lora_a: Tensor, second_moment: Tensor) -> Tensor:
@@ -66,7 +66,7 @@ def calibrate_unbiased(
     Where the layer as a whole would come near the output error of `nearest`, or above it, it is
     solved without, and without regard for other rows.
     """
-    wanted = target
+    wanted, start = target, nearest
     if lora_a is not None and returned > 0.0:
         first = calibrate(
             target, nearest, curvature, sweeps=FIRST_SWEEPS, anneal=0, couplings=couplings
@@ -74,8 +74,15 @@ def calibrate_unbiased(
         lost = missing(target - first.dequantize(torch.float32), lora_a, second_moment)
         size = (energy(lost, second_moment) / max(energy(update, second_moment), 1e-30)) ** 0.5
         if torch.isfinite(lost).all() and size > 0.0:
-            wanted = target + lost * min(1.0, returned / size)
-    result = calibrate(wanted, nearest, curvature, anneal=anneal, couplings=couplings)
+            wanted, start = target + lost * min(1.0, returned / size), first
+    result = calibrate(
+        wanted,
+        start,
+        curvature,
+        anneal=anneal,
+        couplings=couplings,
+        feedback=start is nearest,
+    )
     if wanted is target and not couplings:
         return result
     limit = MOST_RATIO**2 * energy(target - nearest.dequantize(torch.float32), second_moment)
