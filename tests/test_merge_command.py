@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 
 import qlora_rs
 from qlora_rs import NF4Linear, QloraError, cli
-from qlora_rs.merging import solve
+from qlora_rs.merging import model as merge_of_models
 from qlora_rs.recipes import merge as recipe
 from qlora_rs.recipes.merge import MergeSettings, merge_checkpoint
 from qlora_rs.recipes.merge_store import LayerStore
@@ -104,7 +104,7 @@ def test_an_interrupted_merge_goes_on_where_it_stopped(
     place: Path, merged: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, finished: int
 ) -> None:
     output = tmp_path / "out"
-    keep, solve_one = LayerStore.put, solve.calibrate
+    keep, solve_one = LayerStore.put, merge_of_models.calibrate_unbiased
     kept, solved = [], []
 
     def put(self: LayerStore, name: str, *rest: object) -> None:
@@ -122,7 +122,7 @@ def test_an_interrupted_merge_goes_on_where_it_stopped(
         with pytest.raises(KeyboardInterrupt):
             merge_checkpoint(settings(place, output))
     assert not output.exists()
-    monkeypatch.setattr(solve, "calibrate", count)
+    monkeypatch.setattr(merge_of_models, "calibrate_unbiased", count)
     merge_checkpoint(settings(place, output))
     # Groups (q, k, v together) are done again when one of their layers is missing.
     assert 14 - finished <= len(solved) <= 14 - finished + 2

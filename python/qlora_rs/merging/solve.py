@@ -56,8 +56,9 @@ def merge(
     lora_a: [r, in]; lora_b: [out, r]; scaling: alpha / r. inputs: activations [..., in] that reach
     the layer, some hundred rows at least; needed by "calibrated". method: "nearest" rounds
     W + scaling B A as peft does and returns its bytes; "calibrated" keeps the outputs for `inputs`
-    (GPTQ, arXiv 2210.17323, coordinate descent, annealing; `rust/merge.rs`). hybrid_rank: keep
-    so many directions of the update, the strongest ones, as an adapter and merge the rest.
+    (GPTQ, arXiv 2210.17323, coordinate descent, annealing; `rust/merge.rs`), with the least error
+    of this layer by itself (`merge_model` gives some of that up for the whole model). hybrid_rank:
+    keep so many directions of the update, the strongest ones, as an adapter and merge the rest.
     Nothing given is modified. The report measures on `inputs` themselves; `merge_model` does so on
     text that was set aside. Memory: about 5 in x in and 3 out x in floats.
     Raises QloraError when shapes do not fit, values are not finite or inputs are missing.
@@ -98,12 +99,8 @@ def merge(
         assert second_moment is not None
         fallback = why_nearest_only(packed)
         if fallback is None:
-            from qlora_rs.merging.unbiased import RETURNED, calibrate_unbiased
-
             curvature = Curvature.of(second_moment, packed.block_size)
-            result = calibrate_unbiased(
-                target, nearest, curvature, second_moment, a, delta, RETURNED
-            )
+            result = calibrate(target, nearest, curvature)
     report = measure("", target, delta, result, nearest, second_moment, fallback)
     return MergeResult(result, report, None if residual is None else (residual[1], residual[0]))
 
@@ -249,8 +246,8 @@ def calibrate(
     tr(E H Eᵀ), E = target - result and H the damped one.
 
     feedback: start from error feedback (GPTQ) too; without it `nearest`, which may be any solution
-    on the grid, is the only start. couplings: F of all rows, piece by piece; then rows make up for each other's errors, which is
-    better in tr(F E H Eᵀ) and may be worse in some row.
+    on the grid, is the only start. couplings: F of all rows, piece by piece; then rows make up for
+    each other's errors, which is better in tr(F E H Eᵀ) and may be worse in some row.
     """
     codes, absmax = torch.empty_like(nearest.codes), torch.empty_like(nearest.absmax)
     pieces: list[Coupling | None] = [*couplings] if couplings else [None]
