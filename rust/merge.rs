@@ -18,8 +18,8 @@
 //! ```
 //!
 //! Rows do not depend on each other, unless a coupling says so: strips are the unit of parallel work,
-//! and each row keeps the best of all ends, so no row is ever worse than plain rounding in its own
-//! objective.
+//! and each row keeps the best of all ends, so no row is ever worse than the start it was given, plain
+//! rounding or better, in its own objective and for the target it was given.
 //! Read next: `strip.rs`.
 
 pub mod cholesky;
@@ -96,7 +96,7 @@ pub struct Output<'a> {
     pub codes: &'a mut [u8],
     /// One scale per block.
     pub scales: OutputScales<'a>,
-    /// e H eᵀ of each row under plain rounding, and in the end.
+    /// e H eᵀ of each row at the start and in the end, e from the target as the solver had it.
     pub objectives: &'a mut [f64],
 }
 

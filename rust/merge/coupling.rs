@@ -22,12 +22,15 @@ use std::ops::Range;
 /// Parts of the rows, at most.
 const PARTS: usize = 6;
 
+/// Each adds ten times as much to F's diagonal as the one before.
+const ATTEMPTS: usize = 3;
+
 /// F of some rows of a matrix.
 #[derive(Clone, Copy, Debug)]
 pub struct Coupling<'a> {
     /// The first of its rows, a multiple of [`ROWS`].
     pub first: usize,
-    /// How many rows.
+    /// How many rows: a multiple of [`ROWS`], or up to the matrix's end.
     pub rows: usize,
     /// F [rows, rows].
     pub moment: &'a [f32],
@@ -51,8 +54,13 @@ pub fn calibrate(
     let Coupling { first, rows: count, .. } = coupling;
     let (matrix, columns) = (&problem.nearest, problem.nearest.columns());
     check_length("moment", coupling.moment.len(), count * count)?;
-    if !first.is_multiple_of(ROWS) || first + count > matrix.rows() {
-        return Err(Error::Operand { name: "rows", got: first + count, expected: matrix.rows() });
+    let end = first + count;
+    let whole = first.is_multiple_of(ROWS) && (count.is_multiple_of(ROWS) || end == matrix.rows());
+    if !whole || end > matrix.rows() {
+        return Err(Error::Operand { name: "rows", got: end, expected: matrix.rows() });
+    }
+    if count * columns == 0 {
+        return Ok(());
     }
     let upper = factorize(kernels, coupling, threads)?;
     let mut errors = vec![0.0; count * columns];
@@ -94,15 +102,19 @@ pub fn calibrate(
 /// U [n, n] of F = U Uᵀ: the lower factor of F with both axes reversed.
 fn factorize(kernels: &MergeKernels, coupling: Coupling<'_>, threads: usize) -> Result<Vec<f64>, Error> {
     let n = coupling.rows;
-    let mut matrix: Vec<f64> = coupling.moment.iter().rev().map(|&value| f64::from(value)).collect();
-    for i in 0..n {
-        matrix[i * n + i] += coupling.damping;
+    let mut damping = coupling.damping;
+    for _ in 0..ATTEMPTS {
+        let mut matrix: Vec<f64> = coupling.moment.iter().rev().map(|&value| f64::from(value)).collect();
+        for i in 0..n {
+            matrix[i * n + i] += damping;
+        }
+        if cholesky::factorize(kernels, &mut matrix, n, threads) {
+            matrix.reverse();
+            return Ok(matrix);
+        }
+        damping *= 10.0;
     }
-    if !cholesky::factorize(kernels, &mut matrix, n, threads) {
-        return Err(Error::NotPositive { columns: n, damping: coupling.damping });
-    }
-    matrix.reverse();
-    Ok(matrix)
+    Err(Error::NotPositive { columns: n, damping: damping / 10.0 })
 }
 
 /// U_rr⁻ᵀ U_Drᵀ [part, part.start], by forward substitution; at least one value per row.

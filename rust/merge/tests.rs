@@ -359,5 +359,6 @@ fn a_coupling_of_other_rows_or_of_no_gradients_is_refused() {
     assert!(matches!(refused(0, 3, &one), Error::Operand { name: "moment", .. }));
     assert!(matches!(refused(7, 2, &one), Error::Operand { name: "rows", .. }));
     assert!(matches!(refused(48, 3, &[0.0; 9]), Error::Operand { name: "rows", .. }));
-    assert!(matches!(refused(0, 2, &one), Error::NotPositive { columns: 2, .. }));
+    assert!(matches!(refused(0, 2, &one), Error::Operand { name: "rows", .. }));
+    assert!(matches!(refused(48, 2, &one), Error::NotPositive { columns: 2, .. }));
 }

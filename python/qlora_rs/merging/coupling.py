@@ -40,7 +40,7 @@ class OutputMoment:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the sums, once there are some."""
+        """Bytes of the sums, once there are some (and some 1 KB per row of what waits)."""
         return sum(4 * min(PIECE, self.rows - start) ** 2 for start in self.starts)
 
     def add(self, gradients: Tensor) -> None:
@@ -53,8 +53,8 @@ class OutputMoment:
             piece.add(gradients[:, start : start + PIECE])
 
     def couplings(self) -> list[Coupling]:
-        """F of each piece, with a mean diagonal of one, shrunk as H is; none where no gradient came
-        or one was not finite."""
+        """F of each piece, of mean diagonal one, drawn towards it (`solve.shrink`); none where no
+        gradient came or one was not finite."""
         found: list[Coupling] = []
         if not self.pieces:
             return found

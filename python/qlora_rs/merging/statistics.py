@@ -104,10 +104,11 @@ class Moment:
         self.outputs = {}
 
     def add(self, x: Tensor, mask: Tensor | None) -> None:
-        """Count the rows of x [..., in], but for those that mask [...] leaves out."""
-        if mask is not None and mask.shape == x.shape[:-1]:
-            x = x[mask]
+        """Count the rows of x [..., in], but for those that mask [batch, length] leaves out."""
         rows = x.detach().reshape(-1, x.shape[-1])
+        # A routed expert is given rows of its own choice, which no mask tells apart.
+        if mask is not None and mask.numel() == rows.shape[0]:
+            rows = rows[mask.reshape(-1)]
         if self.total is None:
             self.total = Gram(self.columns)
         self.tokens += rows.shape[0]

@@ -40,10 +40,10 @@ def missing(error: Tensor, lora_a: Tensor, second_moment: Tensor) -> Tensor:
     >>> torch.allclose(missing(error @ a, a, torch.eye(8)), error @ a, atol=1e-4)
     True
     """
-    read = (lora_a @ second_moment).double()
+    read = lora_a.double() @ second_moment.double()
     gram = read @ lora_a.double().t()
     # Directions that no input shows have nothing to give back.
-    shares = (error.double() @ read.t()) @ torch.linalg.pinv(gram, rtol=1e-9, hermitian=True)
+    shares = (error.double() @ read.t()) @ torch.linalg.pinv(gram, rtol=1e-7, hermitian=True)
     return (shares @ lora_a.double()).float()
 
 
@@ -72,7 +72,8 @@ def calibrate_unbiased(
             target, nearest, curvature, sweeps=FIRST_SWEEPS, anneal=0, couplings=couplings
         )
         lost = missing(target - first.dequantize(torch.float32), lora_a, second_moment)
-        size = (energy(lost, second_moment) / max(energy(update, second_moment), 1e-30)) ** 0.5
+        own = max(energy(update, second_moment), 1e-30)
+        size = (max(energy(lost, second_moment), 0.0) / own) ** 0.5
         if torch.isfinite(lost).all() and size > 0.0:
             wanted, start = target + lost * min(1.0, returned / size), first
     result = calibrate(

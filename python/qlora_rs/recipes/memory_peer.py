@@ -17,9 +17,6 @@ from Linux's /proc; elsewhere ``compare_memory`` returns None.
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
-import gc
 import json
 import subprocess
 import sys
@@ -28,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from qlora_rs.errors import QloraError
-from qlora_rs.recipes.process_memory import forget_peak, peak, resident
+from qlora_rs.recipes.process_memory import forget_peak, peak, release, resident
 
 METHODS = ("nf4", "float")
 
@@ -66,7 +63,7 @@ def measure(directory: Path, method: str, tokens: int, dtype: str) -> dict[str, 
     config = transformers.AutoConfig.from_pretrained(directory)
     model = transformers.AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype))
     model, base_bytes = _prepare(model, method, model_bytes)
-    _release()
+    release()
     built = resident()
     if not forget_peak():
         raise QloraError("the peak memory cannot be reset here (/proc/self/clear_refs)")
@@ -111,13 +108,6 @@ def _train(model: Any, tokens: int, vocabulary: int) -> None:
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-
-
-def _release() -> None:
-    """Hand freed memory back to the system: the float weights are gone once quantized."""
-    gc.collect()
-    with contextlib.suppress(OSError, AttributeError):  # not glibc
-        ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
 if __name__ == "__main__":

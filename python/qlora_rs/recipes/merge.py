@@ -31,7 +31,7 @@ from qlora_rs.recipes.merge_page import merge_page
 from qlora_rs.recipes.merge_store import LayerStore
 from qlora_rs.recipes.merge_text import Batch, digest, generate_calibration, read_calibration
 from qlora_rs.recipes.output_folder import write_text
-from qlora_rs.recipes.process_memory import forget_peak, peak, resident
+from qlora_rs.recipes.process_memory import forget_peak, peak, release, resident
 from qlora_rs.recipes.progress import Progress, duration
 from qlora_rs.recipes.quantized_folder import (
     filled_folder,
@@ -107,6 +107,7 @@ def merge_checkpoint(
     notes: list[str] = []
     base = _load(settings, notes, progress)
     loading = peak_rss_bytes()
+    release()
     held = resident() if forget_peak() else None
     if settings.to == "nf4":
         report, batches = _merge(settings, base, notes, output, progress)
@@ -114,7 +115,7 @@ def merge_checkpoint(
         report, batches = MergeReport(settings.to, notes=notes), []
     most = peak()
     memory = {"peak_rss_bytes": max(loading, most or peak_rss_bytes())}
-    if held is not None and most is not None:
+    if settings.to == "nf4" and held is not None and most is not None:
         memory["peak_above_model_bytes"] = max(most - held, 0)
     record = {
         "qlora_rs": qlora_rs.__version__,
@@ -229,18 +230,20 @@ def _merge(
     settings: MergeSettings, base: BaseModel, notes: list[str], output: Path, progress: Progress
 ) -> tuple[MergeReport, list[Batch]]:
     batches = _text(settings, base, notes, progress)
+    held_out = None
+    if settings.evaluation is not None:
+        held_out = _read(settings, "--evaluation", settings.evaluation, base, settings.tokens // 4)
     identity = {
         "base": base_model.model_identity(settings.base),
         "adapter": _adapter_digest(Path(settings.adapter).expanduser()),
         "calibration": digest(batches),
+        # Without text to measure on, some of the calibration's is set aside.
+        "evaluation": "set aside" if held_out is None else digest(held_out),
         "solver": f"{settings.method} {REVISION}",
         "hybrid_rank": settings.hybrid_rank,
         "dtype": settings.dtype,
         "version": qlora_rs.__version__,
     }
-    held_out = None
-    if settings.evaluation is not None:
-        held_out = _read(settings, "--evaluation", settings.evaluation, base, settings.tokens // 4)
     store = LayerStore(_work(output), identity)
     clock = _Clock(progress)
     with _held_back():

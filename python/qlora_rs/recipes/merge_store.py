@@ -51,10 +51,10 @@ class LayerStore:
         tensors = self.load(name)
         if tensors is None:
             return None
-        residual = None
-        if "residual_b" in tensors:
-            residual = (tensors.pop("residual_b"), tensors.pop("residual_a"))
         try:
+            residual = None
+            if "residual_b" in tensors:
+                residual = (tensors.pop("residual_b"), tensors.pop("residual_a"))
             return PackedWeight.from_bitsandbytes(tensors, "weight"), residual
         except (ValueError, KeyError):
             return None

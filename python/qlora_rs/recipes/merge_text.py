@@ -16,6 +16,7 @@ from qlora_rs.recipes.data import read_examples
 from qlora_rs.recipes.encode import encode_examples
 
 Batch = dict[str, Tensor]
+FEWEST_BATCHES = 32
 
 
 def read_calibration(path: Path, tokenizer: Any, tokens: int, length: int) -> list[Batch]:
@@ -36,7 +37,9 @@ def read_calibration(path: Path, tokenizer: Any, tokens: int, length: int) -> li
         kept = min(len(encoded), max(2, round(tokens / mean)))
         step = len(encoded) / kept
         rows = [encoded[int(place * step)] for place in range(kept)]
-        return batched([(e.input_ids, e.labels) for e in rows], length)
+        # So many batches at least that some can be set aside, to measure and to decide on.
+        most = min(length, sum(len(e.input_ids) for e in rows) // FEWEST_BATCHES)
+        return batched([(e.input_ids, e.labels) for e in rows], most)
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -52,7 +55,7 @@ def read_calibration(path: Path, tokenizer: Any, tokens: int, length: int) -> li
 
 
 def batched(rows: list[tuple[list[int], list[int]]], tokens: int) -> list[Batch]:
-    """(token ids, labels) of rows → batches of at most `tokens`, padding among them.
+    """(token ids, labels) of rows → batches of at most `tokens` (or one row), padding among them.
 
     A model takes many short rows at once in half the time that it takes them one by one. Rows stay
     in order; padding is at the end, where a causal model does not see it.
