@@ -72,8 +72,8 @@ pub fn calibrate(
         let (done, rest) = errors.split_at_mut(start * columns);
         let own = &mut rest[..part.len() * columns];
         let scales = match &mut output.scales {
-            OutputScales::Single(scales) => OutputScales::Single(&mut **scales),
-            OutputScales::Nested(scales) => OutputScales::Nested(&mut **scales),
+            OutputScales::Single(scales) => OutputScales::Single(scales),
+            OutputScales::Nested(scales) => OutputScales::Nested(scales),
         };
         let output = Output { codes: &mut *output.codes, scales, objectives: &mut *output.objectives };
         let rows = first + part.start..first + part.end;
@@ -134,7 +134,9 @@ fn shares(upper: &[f64], n: usize, part: Range<usize>) -> Vec<f32> {
             }
         }
         let diagonal = upper[column * n + column];
-        row.iter_mut().for_each(|value| *value /= diagonal);
+        for value in row {
+            *value /= diagonal;
+        }
     }
     if before == 0 {
         return vec![0.0; part.len()];
