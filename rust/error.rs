@@ -13,7 +13,7 @@ pub enum Error {
     TooLarge {
         /// Number of output features.
         rows: usize,
-        /// Number of features.
+        /// Number of input features.
         columns: usize,
     },
     /// A buffer has another length than the shape asks for.
@@ -29,7 +29,7 @@ pub enum Error {
         expected: usize,
         /// Number of output features.
         rows: usize,
-        /// Number of features.
+        /// Number of input features.
         columns: usize,
         /// Weights per absmax.
         block_size: usize,
@@ -74,12 +74,12 @@ pub enum Error {
         "{columns} columns are no multiple of the block size {block_size}, so blocks span rows, which only method \"nearest\" can merge"
     )]
     StraddlingBlocks {
-        /// Number of features.
+        /// Number of input features.
         columns: usize,
         /// Weights per absmax.
         block_size: usize,
     },
-    /// Statistics of inputs that no damping makes positive definite.
+    /// Statistics that no damping makes positive definite.
     #[error(
         "the statistics of {columns} features are not those of real activations or gradients: with {damping:e} added to the diagonal they are still not positive definite"
     )]

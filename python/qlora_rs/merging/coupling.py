@@ -6,8 +6,8 @@ from the model's prediction (the Kronecker factors of the Fisher information: Ma
 2015, arXiv 1503.05671; for rounding: Tseng et al., 2025, arXiv 2505.22988). By itself the solver
 takes F = 1, each row for itself. With F, rows make up for each other (`rust/merge/coupling.rs`).
 
-That lowers the error of the model's answers and raises each layer's own by a tenth, which is for
-`distilled`; `calibrated` answers for its layers one by one.
+That lowers the error of the model's answers and raises each layer's own, which is for `distilled`;
+`calibrated` answers for its layers one by one.
 """
 
 from __future__ import annotations

@@ -1,8 +1,7 @@
 """What rounding takes from an update, given back before the weights are rounded.
 
 The codes that err least in each layer's outputs keep part of an update and drop the rest, as a
-ridge regression shrinks: a solved layer has 80 to 90 % of what the update does to its outputs, some
-only half. Beside that, the errors of different layers are noise and mostly cancel; what is missing
+ridge regression shrinks. Beside that, the errors of different layers are noise and mostly cancel; what is missing
 of the update is missing in all layers in the same direction, and adds up. So the weights are solved
 once, quickly; what is missing where the update acts,
 
@@ -11,7 +10,7 @@ once, quickly; what is missing where the update acts,
 the projection of the error on A's rows in the metric H, is added to the target; and the weights are
 solved again. (The residual that is added back is that of Osher et al., 2005, "An iterative
 regularization method for total variation-based image restoration".) The layer's own error is a
-little larger after that, the model's KL to the unmerged one two to four times smaller.
+little larger after that, the model's KL to the unmerged one much smaller.
 """
 
 from __future__ import annotations
