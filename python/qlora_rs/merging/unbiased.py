@@ -1,9 +1,9 @@
 """What rounding takes from an update, given back before the weights are rounded.
 
 The codes that err least in each layer's outputs keep part of an update and drop the rest, as a
-ridge regression shrinks. Beside that, the errors of different layers are noise and mostly cancel; what is missing
-of the update is missing in all layers in the same direction, and adds up. So the weights are solved
-once, quickly; what is missing where the update acts,
+ridge regression shrinks. Beside that, the errors of different layers are noise and mostly cancel;
+what is missing of the update is missing in all layers in the same direction, and adds up. So the
+weights are solved once, quickly; what is missing where the update acts,
 
     (T - Q) H Aᵀ (A H Aᵀ)⁻¹ A,        A [r, in] the adapter's, H = E[x xᵀ],
 
