@@ -48,10 +48,12 @@ def test_the_dynamic_map_is_bitsandbytes_own_in_all_256_values(run_python) -> No
     """
     done = run_python(code)
     capability, _, bits = done.stdout.partition(" ")
-    if not capability.startswith("AVX"):
-        pytest.skip(f"not run: torch.linspace on {capability} rounds twice")
-    ours = torch.tensor(_rust.dynamic_map(), dtype=torch.float32).view(torch.int32)
-    assert ours.tolist() == json.loads(bits)
+    ours = torch.tensor(_rust.dynamic_map(), dtype=torch.float32)
+    if capability.startswith("AVX"):
+        assert ours.view(torch.int32).tolist() == json.loads(bits)
+    else:  # rounded twice, numbers up to one come out as their neighbours
+        theirs = torch.tensor(json.loads(bits), dtype=torch.int32).view(torch.float32)
+        assert (ours - theirs).abs().max() <= 2**-24
 
 
 @given(strategies.weights(), strategies.block_sizes)

@@ -148,11 +148,12 @@ def test_the_demonstration_runs_end_to_end_on_a_tiny_model(tmp_path: Path) -> No
 
 def test_memory_is_measured_for_both_methods_and_ours_is_less() -> None:
     pytest.importorskip("peft")
-    if not Path("/proc/self/clear_refs").exists():
-        pytest.skip("resident memory is read from Linux's /proc")
     model = tiny_model()
     model.config.hidden_size, model.config.intermediate_size = 512, 2048
     measured = compare_memory(model, tokens=16, dtype="bfloat16")
+    if not Path("/proc/self/clear_refs").exists():
+        assert measured is None  # not Linux: nothing is said rather than something guessed
+        return
     assert measured is not None
     ours, peer = measured["nf4"], measured["float"]
     assert ours["weight_bytes"] < 0.3 * peer["weight_bytes"]

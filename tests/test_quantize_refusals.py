@@ -84,10 +84,11 @@ def test_a_double_quant_that_is_no_bool_is_refused(double_quant: object) -> None
         )
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
 def test_a_gpu_that_is_not_there_is_refused_with_the_command_that_says_why() -> None:
-    with pytest.raises(QloraError, match=r"cannot go to cuda:1: .* `qlora-rs doctor`"):
-        qlora_rs.quantize(torch.eye(64)).to("cuda:1")
+    found = torch.cuda.device_count()
+    sentence = rf"cannot go to cuda:{found}: torch finds {found} NVIDIA GPUs.* `qlora-rs doctor`"
+    with pytest.raises(QloraError, match=sentence):
+        qlora_rs.quantize(torch.eye(64)).to(f"cuda:{found}")
 
 
 @pytest.mark.parametrize("shape", [(), (64,), (1, 2, 64), (0,)])

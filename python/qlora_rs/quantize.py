@@ -134,12 +134,13 @@ class PackedWeight:
     def to(self, device: torch.device | str) -> PackedWeight:
         """The same bytes on another device.
 
-        Raises QloraError for a GPU where torch finds none.
+        Raises QloraError for a GPU that torch does not find.
         """
-        if torch.device(device).type == "cuda" and not torch.cuda.is_available():
+        wanted, found = torch.device(device), torch.cuda.device_count()
+        if wanted.type == "cuda" and (wanted.index or 0) >= found:
             raise QloraError(
-                f"the weight cannot go to {device}: torch finds no NVIDIA GPU. `qlora-rs doctor` "
-                "says what is missing; on the CPU all works without one"
+                f"the weight cannot go to {device}: torch finds {found} NVIDIA GPUs (the first is "
+                "cuda:0). `qlora-rs doctor` says what is missing; on the CPU all works without one"
             )
         return self._with_tensors(*(None if t is None else t.to(device) for t in self._tensors()))
 

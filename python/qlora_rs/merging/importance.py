@@ -2,9 +2,10 @@
 
 The loss of answers to a small error d of a layer's output at one token is, to second order,
 ½ dᵀ F d with F = E[g gᵀ], g the gradient of log p(y) at that output, y drawn from the model's own
-prediction (the Fisher information). Of F only its trace is kept, one weight per token: an error
-counts where the model is sensitive. Mixed into H by a share (`MIXTURES`), it lowers the merged
-model's KL and costs plain output error; a larger share does more of both.
+prediction (the Fisher information). Of F only its trace is used here, one weight per token: an
+error counts where the model is sensitive. (`coupling.py` uses all of F.) Mixed into H by a share
+(`METHOD_SETTINGS`), it lowers the merged model's KL and costs plain output error; a larger share
+does more of both.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from qlora_rs.merging.unbiased import RETURNED
 
 
 @dataclass(frozen=True)
-class Mixture:
+class MethodSettings:
     """How a method's H is made: the share of its weighted form, and whether it is shrunk; whether
     rows are coupled (`coupling.py`), and how much is given back of what the update lacks, at most,
     as a share of its own effect (`unbiased.py`)."""
@@ -37,9 +38,9 @@ class Mixture:
 # By the KL that the whole model ends with, a larger share and no shrinkage are better where scales
 # are trained afterwards; for the outputs of each layer by itself, which `calibrated` answers for,
 # the other.
-MIXTURES = {
-    "calibrated": Mixture(share=0.125, shrunk=True, coupled=False, returned=RETURNED),
-    "distilled": Mixture(share=0.25, shrunk=False, coupled=True, returned=1.0),
+METHOD_SETTINGS = {
+    "calibrated": MethodSettings(share=0.125, shrunk=True, coupled=False, returned=RETURNED),
+    "distilled": MethodSettings(share=0.25, shrunk=False, coupled=True, returned=1.0),
 }
 # One batch of so many is enough for weights, which need a backward pass.
 EVERY = 6
@@ -69,12 +70,12 @@ def weighing(model: nn.Module) -> Callable[[list[Moment], int, Batch], bool]:
     return weigh
 
 
-def mixed(group: Moment, mixture: Mixture) -> Tensor:
+def mixed(group: Moment, settings: MethodSettings) -> Tensor:
     """H of a group for the solver: shrunk, then what a few tokens have beyond the rest, then the
     weighted form mixed in where there is one; traces are kept."""
 
     def shrunk(second_moment: Tensor) -> Tensor:
-        return shrink(second_moment, group.tokens) if mixture.shrunk else second_moment
+        return shrink(second_moment, group.tokens) if settings.shrunk else second_moment
 
     plain = shrunk(group.mean())
     if group.excess is not None:
@@ -85,7 +86,7 @@ def mixed(group: Moment, mixture: Mixture) -> Tensor:
     trace, own = float(plain.trace()), float(weighted.trace())
     if not (0.0 < own < float("inf")) or not torch.isfinite(weighted).all():
         return plain
-    share = mixture.share
+    share = settings.share
     return plain.mul_(1.0 - share).add_(shrunk(weighted), alpha=share * trace / own)
 
 

@@ -212,11 +212,11 @@ class _Job:
         return group_by_input(self.model, self.layers, batch, self._forward)
 
     def _calibrate(self, batches: list[Batch], hybrid_rank: int, method: str) -> None:
-        mixture = importance.MIXTURES[method]
+        settings = importance.METHOD_SETTINGS[method]
         groups = [group for group in self._groups(batches[0]) if not self._restore(group)]
         for group in groups:
             group.parted = True
-            if mixture.coupled:
+            if settings.coupled:
                 rows = {layer.name: layer.packed.shape[0] for layer in group.layers}
                 group.outputs = {name: OutputMoment(count) for name, count in rows.items()}
         done = len(self.merged)
@@ -234,9 +234,9 @@ class _Job:
             held = sum(group.nbytes for group in portion)
             for group in portion:
                 own = group.nbytes
-                second_moment = importance.mixed(group, mixture)
+                second_moment = importance.mixed(group, settings)
                 anneal = solve.ANNEAL
-                if mixture.shrunk:
+                if settings.shrunk:
                     anneal = solve.anneal_sweeps(group.tokens, group.columns)
                 curvature = None
                 size = group.layers[0].packed.block_size
@@ -245,7 +245,7 @@ class _Job:
                 for layer in group.layers:
                     outputs = group.outputs.get(layer.name)
                     couplings = outputs.couplings() if outputs is not None else None
-                    known = _Known(second_moment, curvature, anneal, couplings, mixture.returned)
+                    known = _Known(second_moment, curvature, anneal, couplings, settings.returned)
                     self._solve(layer, hybrid_rank, known)
                     done += 1
                     self.progress("solve", done, len(self.layers))
