@@ -6,7 +6,7 @@ import os
 import subprocess
 import sys
 import textwrap
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 # Before transformers is imported anywhere: no test may look for a network.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -39,6 +39,34 @@ class TorchRandom:
 
 TORCH_RANDOM = TorchRandom()  # hypothesis keeps a weak reference only
 register_random(TORCH_RANDOM)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--beside-gpu",
+        action="store_true",
+        help="repeat every launch of the PTX emulator on this machine's GPU and compare the bytes",
+    )
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _beside_gpu(request: pytest.FixtureRequest) -> Iterator[None]:
+    if not request.config.getoption("--beside-gpu"):
+        yield
+        return
+    import beside_gpu
+    from ptx_emulator import Module
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Module, "launch", beside_gpu.beside(Module.launch))
+        yield
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    if terminalreporter.config.getoption("--beside-gpu"):
+        import beside_gpu
+
+        terminalreporter.write_line(f"{beside_gpu.compared} launches compared with the GPU")
 
 
 @pytest.fixture(autouse=True)

@@ -16,7 +16,13 @@ def _bits(kind: str) -> int:
     return BITS.get(kind) or (32 if kind.endswith("x2") else int(kind.lstrip("busf")))
 
 
-def evaluate(code: str, result: str, *operands: tuple[str, Sequence[int]], **options) -> list[int]:
+def evaluate(
+    code: str,
+    result: str,
+    *operands: tuple[str, Sequence[int]],
+    target: str = "sm_90",
+    **options,
+) -> list[int]:
     """Run `code`, which computes `%d` from `%a`, `%b`, ... in each lane.
 
     `result` and the operands' first parts are register types such as "b32"; operands are bit
@@ -48,7 +54,7 @@ def evaluate(code: str, result: str, *operands: tuple[str, Sequence[int]], **opt
         f".param .b64 {name}"
         for name in ["out", *(n for n, _ in zip(names, operands, strict=False))]
     )
-    ptx = f"""{HEADER}
+    ptx = f"""{HEADER.replace("sm_90", target)}
 .visible .entry kernel({parameters}) {{
     .reg .b64 %out, %offset; .reg .b32 %lane, %word;
     {" ".join(registers)}

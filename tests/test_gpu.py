@@ -89,6 +89,22 @@ def test_work_is_queued_on_the_current_stream() -> None:
     assert torch.equal(found, expected)
 
 
+def test_a_graph_captures_quantizing_and_replays_it() -> None:
+    weight = torch.randn(256, 512, device=GPU)
+    qlora_rs.quantize(weight)  # loads the kernels and the map
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        packed = qlora_rs.quantize(weight)
+    weight.copy_(torch.randn(256, 512))
+    graph.replay()
+    assert_same(packed, qlora_rs.quantize(weight))
+    # Nobody can be told of a NaN here: it must not decode to a number.
+    weight[3, 7] = float("nan")
+    graph.replay()
+    assert bool(packed.dequantize()[3, :64].isnan().any())
+
+
 def test_a_graph_captures_decoding_and_products_and_replays_them() -> None:
     packed = qlora_rs.quantize(torch.randn(256, 512, device=GPU))
     x = torch.randn(8, 512, device=GPU)

@@ -19,6 +19,7 @@ from qlora_rs.errors import QloraError
 from qlora_rs.ops import BLOCK_SIZES, DEVICES, check_block_size, check_weight
 
 NESTED_BLOCK = 256
+CPU = torch.device("cpu")
 # nested_absmax, nested_offset, nested_map
 _Nested: TypeAlias = tuple[Tensor | None, Tensor | None, Tensor | None]
 _DTYPE_NAMES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -31,9 +32,12 @@ def levels() -> Tensor:
 
 
 @functools.cache
-def dynamic_map() -> Tensor:
-    """The 256 values that a double-quantized absmax can take before scaling, float32."""
-    return torch.tensor(_rust.dynamic_map(), dtype=torch.float32)
+def dynamic_map(device: torch.device = CPU) -> Tensor:
+    """The 256 values that a double-quantized absmax can take before scaling, float32.
+
+    One tensor for each device, never changed: a CUDA graph may not copy it from the CPU.
+    """
+    return torch.tensor(_rust.dynamic_map(), dtype=torch.float32, device=device)
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -307,5 +311,5 @@ def quantize(weight: Tensor, block_size: int = 64, double_quant: bool = True) ->
     codes, absmax, *nested = torch.ops.qlora_rs.quantize(weight, block_size, double_quant)
     parts: _Nested = (None, None, None)
     if double_quant:
-        parts = (nested[0], nested[1], dynamic_map().to(codes.device))
+        parts = (nested[0], nested[1], dynamic_map(codes.device))
     return PackedWeight(codes, absmax, *parts, weight.shape, weight.dtype, block_size)
