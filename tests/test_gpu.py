@@ -6,6 +6,9 @@ The kernels' arithmetic is tested without one, in `test_cuda_quantize.py` and
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import strategies
 import torch
@@ -116,6 +119,27 @@ def test_a_graph_captures_decoding_and_products_and_replays_them() -> None:
     x.copy_(torch.randn(8, 512))
     graph.replay()
     assert torch.equal(y, qlora_rs.linear(x, packed))
+
+
+def test_threads_of_their_own_compute_the_same() -> None:
+    packed = qlora_rs.quantize(torch.randn(1024, 1024, device=GPU))
+    expected = packed.dequantize()
+    with ThreadPoolExecutor(8) as pool:
+        for found in pool.map(lambda _: packed.dequantize(), range(64)):
+            assert torch.equal(found, expected)
+
+
+def test_the_first_work_of_a_process_may_come_from_a_new_thread(run_python: Callable) -> None:
+    done = run_python("""
+        import threading, torch, qlora_rs
+        weight = torch.ones(64, 64, device="cuda")
+        results = []
+        thread = threading.Thread(target=lambda: results.append(qlora_rs.quantize(weight)))
+        thread.start()
+        thread.join()
+        assert bool((results[0].dequantize() == 1).all())
+    """)
+    assert done.returncode == 0, done.stderr
 
 
 def test_a_device_that_is_not_the_current_one() -> None:

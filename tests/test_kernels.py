@@ -174,7 +174,7 @@ def test_a_source_that_does_not_compile_names_file_and_line() -> None:
 def test_a_launch_without_cupy_says_how_to_add_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "cupy", None)
     with pytest.raises(QloraError, match=r'CuPy, .* pip install "qlora_rs\[cuda13\]"'):
-        kernels._load(LAUNCH.kernel, LAUNCH.constants, (8, 0))
+        kernels._load(LAUNCH.kernel, LAUNCH.constants, 0)
 
 
 def test_a_missing_compiler_says_how_to_add_it(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -30,6 +30,8 @@ _EXPONENTS = 254
 
 def _aligned(tensor: Tensor, alignment: int) -> Tensor:
     """The tensor contiguous, at an address where a kernel's vectors may start; else a copy."""
+    if tensor.is_contiguous() and not tensor.is_neg() and tensor.data_ptr() % alignment == 0:
+        return tensor
     tensor = tensor.detach().resolve_neg().contiguous()
     return tensor.clone() if tensor.data_ptr() % alignment else tensor
 
@@ -76,8 +78,18 @@ def quantize(
     return codes, absmax, *nested
 
 
+def _ready(packed: Packed) -> Packed:
+    """The parts as kernels take them, once for all launches of a product.
+
+    Parts that do not fit together are refused: kernels trust the sizes.
+    """
+    check(packed)
+    parts = [None if part is None else _aligned(part, 4) for part in packed[:5]]
+    return Packed._make([*parts, *packed[5:]])
+
+
 def check(packed: Packed) -> None:
-    """Refuse parts that do not fit together: kernels trust the sizes."""
+    """Refuse parts that do not fit together."""
     count = packed.out_features * packed.in_features
     blocks = -(-count // packed.block_size)
     nested = packed.nested_absmax is not None
@@ -109,7 +121,10 @@ def check(packed: Packed) -> None:
 def dequantize_rows(
     packed: Packed, start: int, end: int, dtype: torch.dtype, launcher: Launcher = kernels.launch
 ) -> Tensor:
-    """W[start:end] as a dense tensor; row `start` must begin at a block's start (`row_step`)."""
+    """W[start:end] as a dense tensor, from parts that are `_ready`.
+
+    Row `start` must begin at a block's start (`row_step`).
+    """
     columns = packed.in_features
     # float64 serves gradient checks: the weight's value is the float32 one, exactly.
     stored = torch.float32 if dtype == torch.float64 else dtype
@@ -118,8 +133,7 @@ def dequantize_rows(
         nested = packed.nested_absmax is not None
         launcher(
             kernels.dequantize_nf4(out.numel(), stored, packed.block_size, nested),
-            _aligned(packed.codes, 4),
-            *(None if part is None else _aligned(part, 4) for part in packed[1:5]),
+            *packed[:5],
             start * columns,
             out.numel(),
             out,
@@ -134,7 +148,7 @@ def row_step(packed: Packed) -> int:
 
 def dequantize(packed: Packed, dtype: torch.dtype, launcher: Launcher = kernels.launch) -> Tensor:
     """The dense matrix [out, in]."""
-    check(packed)
+    packed = _ready(packed)
     return dequantize_rows(packed, 0, packed.out_features, dtype, launcher)
 
 
@@ -154,7 +168,7 @@ def linear(
     x: Tensor, packed: Packed, bias: Tensor | None, launcher: Launcher = kernels.launch
 ) -> Tensor:
     """y [rows, out] = x [rows, in] Wᵀ + bias."""
-    check(packed)
+    packed = _ready(packed)
     y = x.new_empty((x.shape[0], packed.out_features))
     for features, weight in _chunks(packed, x.dtype, launcher):
         if bias is None:
@@ -166,10 +180,14 @@ def linear(
 
 def linear_backward(grad: Tensor, packed: Packed, launcher: Launcher = kernels.launch) -> Tensor:
     """dX [rows, in] = dY [rows, out] W."""
-    check(packed)
-    grad_x = grad.new_zeros((grad.shape[0], packed.in_features))
+    packed = _ready(packed)
+    make = grad.new_empty if packed.out_features else grad.new_zeros
+    grad_x = make((grad.shape[0], packed.in_features))
     for features, weight in _chunks(packed, grad.dtype, launcher):
-        grad_x.addmm_(grad[:, features], weight)
+        if features.start:
+            grad_x.addmm_(grad[:, features], weight)
+        else:
+            torch.mm(grad[:, features], weight, out=grad_x)
     return grad_x
 
 

@@ -11,6 +11,7 @@ waited for here, so a CUDA graph can capture it, once the kernel was launched be
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import os
 import re
@@ -93,6 +94,7 @@ def double_quantize(blocks: int) -> Launch:
     return Launch("double_quantize", constants, -(-blocks // (256 * NESTED_GROUPS_PER_CTA)))
 
 
+@functools.lru_cache(1024)
 def dequantize_nf4(count: int, dtype: torch.dtype, block_size: int, double_quant: bool) -> Launch:
     """`cuda/dequantize_nf4.cu` over `count` weights.
 
@@ -185,26 +187,41 @@ def binary(launch: Launch, capability: tuple[int, int]) -> str:
 
 
 @functools.cache
-def _load(kernel: str, constants: tuple[tuple[str, str], ...], capability: tuple[int, int]) -> Any:
+def _load(kernel: str, constants: tuple[tuple[str, str], ...], index: int) -> Any:
+    """A kernel as CuPy has loaded it into a device's context, which must be current."""
     try:
-        import cupy
+        from cupy.cuda.function import Module
     except ImportError as error:
         raise QloraError(
             "CuPy, which launches the CUDA kernels, cannot be imported "
             f'({error}): {nvrtc.ADD_NVRTC} brings it, or use the CPU: .to("cpu")'
         ) from error
-    # CuPy loads the module into each device's context on the first call there.
-    module = cupy.RawModule(path=binary(Launch(kernel, constants, 0), capability))
+    module = Module()
+    launch = Launch(kernel, constants, 0)
+    module.load_file(binary(launch, torch.cuda.get_device_capability(index)))
     return module.get_function(kernel)
 
 
-class _TorchStream(NamedTuple):
-    """A stream as NVIDIA's stream protocol shows it, for every version of torch."""
+def _start(launch: Launch, index: int, arguments: tuple[Tensor | int | None, ...]) -> None:
+    """Start a kernel on the current device, which is number `index`.
 
-    pointer: int
+    The driver is called without the layers above it: they cost more than a small kernel takes.
+    """
+    function = _load(launch.kernel, launch.constants, index)
+    from cupy_backends.cuda.api import driver, runtime
 
-    def __cuda_stream__(self) -> tuple[int, int]:
-        return 0, self.pointer
+    if not driver.ctxGetCurrent():
+        runtime.free(0)  # gives a thread that is new to CUDA its device's context
+    count = len(arguments)
+    # Every parameter has 64 bits; the driver takes the address of each.
+    values = (ctypes.c_uint64 * count)(
+        *(a.data_ptr() if isinstance(a, Tensor) else a or 0 for a in arguments)
+    )
+    first = ctypes.addressof(values)
+    addresses = (ctypes.c_void_p * count)(*range(first, first + 8 * count, 8))
+    stream = torch.cuda.current_stream(index).cuda_stream
+    size = (launch.grid, 1, 1, launch.block, 1, 1)
+    driver.launchKernel(function.ptr, *size, 0, stream, ctypes.addressof(addresses), 0)
 
 
 def launch(launch: Launch, *arguments: Tensor | int | None) -> None:
@@ -213,20 +230,9 @@ def launch(launch: Launch, *arguments: Tensor | int | None) -> None:
     Tensors are passed by address (None by the null address) and must be contiguous; integers have
     64 bits.
     """
-    device = next(a.device for a in arguments if isinstance(a, Tensor))
-    function = _load(launch.kernel, launch.constants, torch.cuda.get_device_capability(device))
-    import cupy
-
-    values = tuple(
-        argument.data_ptr() if isinstance(argument, Tensor) else argument or 0
-        for argument in arguments
-    )
-    stream = _TorchStream(torch.cuda.current_stream(device).cuda_stream)
-    # Both libraries keep a current device of their own, and a CuPy stream belongs to the device
-    # that is current when it is made.
-    with (
-        torch.cuda.device(device),
-        cupy.cuda.Device(device.index),
-        cupy.cuda.Stream.from_external(stream),
-    ):
-        function((launch.grid,), (launch.block,), values)
+    index = next(a.device.index for a in arguments if isinstance(a, Tensor))
+    if index == torch.cuda.current_device():
+        _start(launch, index, arguments)
+        return
+    with torch.cuda.device(index):
+        _start(launch, index, arguments)

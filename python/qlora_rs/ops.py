@@ -297,7 +297,7 @@ def runs_directly(x: Tensor) -> bool:
     return (
         not torch.compiler.is_compiling()
         and type(x) in (Tensor, torch.nn.Parameter)
-        and x.device.type == "cpu"
+        and x.device.type in ("cpu", "cuda")
         and x.layout == torch.strided
         and not x.is_neg()
         and not torch._C._are_functorch_transforms_active()
