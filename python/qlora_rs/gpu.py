@@ -218,10 +218,10 @@ def lora_linear_backward(
     Without `needs_x`, dX is empty. dA and dB come in the factors' own dtypes.
     """
     lora_a, lora_b, scaling = low_rank
+    # First what this file launches: torch warns where its autograd thread begins with cuBLAS.
+    grad_x = linear_backward(grad, packed, launcher) if needs_x else grad.new_empty(0)
     grad_hidden = (grad @ lora_b.to(grad.dtype)).mul_(scaling)
-    grad_x = grad.new_empty(0)
     if needs_x:
-        grad_x = linear_backward(grad, packed, launcher)
         grad_x.addmm_(grad_hidden, lora_a.to(grad.dtype))
     grad_a = (grad_hidden.t() @ x).to(lora_a.dtype)
     return grad_x, grad_a, (grad.t() @ hidden).to(lora_b.dtype)
