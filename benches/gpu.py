@@ -10,6 +10,8 @@ within 2 % of the largest result of the float64 product. Times are the device's 
 
 from __future__ import annotations
 
+import argparse
+
 import torch
 from bitsandbytes import functional
 from torch import Tensor, nn
@@ -24,7 +26,7 @@ from benches.gpu_measure import (
     relative_error,
     sets_beyond_cache,
 )
-from benches.measure import Table, arguments
+from benches.measure import Table
 from qlora_rs import NF4Linear, PackedWeight, QLoRALinear
 
 SIZES = ((4096, 4096), (11008, 4096), (16384, 16384))
@@ -86,8 +88,7 @@ def measure_bytes(bandwidth: float) -> Table:
             theirs = [their_quantize(weights[i % len(weights)]) for i in range(sets)]
             operations = {
                 "quantize": (
-                    # Our absmax pass through memory once, as float32, before it is quantized.
-                    dense_bytes + packed_bytes + 8 * count // BLOCK_SIZE,
+                    dense_bytes + packed_bytes,
                     [lambda w=w: qlora_rs.quantize(w, BLOCK_SIZE) for w in weights],
                     [lambda w=w: their_quantize(w) for w in weights],
                 ),
@@ -126,7 +127,9 @@ def layers(size: tuple[int, int], sets: int) -> dict[str, list[nn.Module]]:
     """Distinct layers of one size: packed ours, bitsandbytes' around the same bytes, and dense."""
     made: dict[str, list[nn.Module]] = {"ours": [], "bnb": [], "torch dense": []}
     for _ in range(sets):
-        packed = qlora_rs.quantize(torch.randn(size, device=GPU) * size[1] ** -0.5)
+        weight = torch.randn(size, device=GPU) * size[1] ** -0.5
+        # The dtype of a packed weight is that which bitsandbytes decodes to in backward.
+        packed = qlora_rs.quantize(weight.bfloat16())
         dense = nn.Linear(size[1], size[0], bias=False, device="meta")
         dense.weight = nn.Parameter(packed.dequantize(torch.bfloat16), requires_grad=False)
         made["ours"].append(NF4Linear(packed))
@@ -182,7 +185,7 @@ def measure_training(rank: int = 16) -> Table:
         *(f"{n} MiB" for n in names),
     )  # fmt: skip
     for size in SIZES[:2]:
-        plain = layers(size, 8)
+        plain = layers(size, sets_beyond_cache(size[0] * size[1] // 2))
         made: dict[str, list[nn.Module]] = {name: [] for name in names}
         for base, theirs, dense in zip(*plain.values(), strict=True):
             ours = QLoRALinear(base, r=rank, alpha=2 * rank, dtype=torch.bfloat16).to(GPU)
@@ -194,11 +197,13 @@ def measure_training(rank: int = 16) -> Table:
             x = torch.randn(rows, size[1], device=GPU, dtype=torch.bfloat16, requires_grad=True)
             grad = torch.randn(rows, size[0], device=GPU, dtype=torch.bfloat16)
             exact = peers.exact_product(x, made["ours"][0].packed, made["ours"][0])
+            dense = [peers.forward_backward(m, x, grad) for m in made["peft dense"]]
             contenders, peak = {}, {}
             for name, kind in made.items():
                 check(name, kind[0](x), exact)
                 contenders[name] = [peers.forward_backward(m, x, grad) for m in kind]
-                contenders[name][0]()
+                for found, expected in zip(contenders[name][0](), dense[0](), strict=True):
+                    check(f"a gradient of {name}", found, expected.double())
                 torch.cuda.synchronize()
                 before = torch.cuda.memory_allocated()
                 torch.cuda.reset_peak_memory_stats()
@@ -221,7 +226,8 @@ def measure_training(rank: int = 16) -> Table:
 
 
 def main() -> None:
-    parser = arguments("GPU kernels beside bitsandbytes, peft and torch")
+    parser = argparse.ArgumentParser(description="GPU kernels beside bitsandbytes, peft and torch")
+    parser.add_argument("--record", action="store_true", help="write benches/record/")
     options = parser.parse_args()
     if not torch.cuda.is_available():
         parser.error("no GPU that torch can use; `qlora-rs doctor` says what is missing")

@@ -3,8 +3,9 @@
     python -m benches.gpu_counters --record
 
 Nsight Compute (`ncu`, with the rights to read counters) profiles one launch of each kernel; the
-emulator runs the same launch from the same PTX. Sectors and shared wavefronts should agree. Its
-instructions are those of PTX, the hardware's those that ptxas made of them.
+emulator runs the same launch from the same PTX. Sectors should agree, but for atomics, which count
+among the emulator's alone. Its instructions are those of PTX, the hardware's those that ptxas made
+of them; its wavefronts leave out what the hardware needs beyond bank conflicts.
 """
 
 from __future__ import annotations

@@ -1,9 +1,11 @@
-"""Every launch of the emulator repeated on the GPU at hand, its bytes compared: `--beside-gpu`.
+"""Launches of the emulator repeated on the GPU at hand, their bytes compared: `--beside-gpu`.
 
     pytest --beside-gpu tests/test_ptx_*.py tests/test_cuda_*quantize.py
 
 The emulator stands in for a GPU in all tests of the CUDA kernels; here a GPU says whether it may.
-What the emulator refuses never reaches the GPU. Tensor-core sums follow the GPU's own model.
+What the emulator refuses never reaches the GPU. Tensor-core sums follow the GPU's own model. Left
+out, and counted: launches of some blocks only, with more shared memory than needs no leave, for a
+newer architecture, and matrix products on a GPU whose way of summing is not known.
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ MATRIX_MODELS = {80: "a100", 90: "h100"}
 # More needs leave from the driver.
 LARGEST_SHARED = 48 << 10
 
-compared = 0
+compared = left_out = 0
 
 
 @functools.cache
@@ -78,11 +80,14 @@ def beside(emulate: Any) -> Any:
     capability = int(cupy.cuda.Device().compute_capability)
 
     def launch(self: Module, kernel: str, arguments: Sequence[Any], **options: Any) -> Result:
-        global compared
+        global compared, left_out
         result = emulate(self, kernel, arguments, **options)
         shared = options.get("shared", 0)
         target = int(re.search(r"^\.target sm_(\d+)", self.ptx, re.MULTILINE)[1])
-        if options.get("blocks") is not None or shared > LARGEST_SHARED or target > capability:
+        unlike = "mma." in self.ptx and capability not in MATRIX_MODELS
+        too_much = shared > LARGEST_SHARED or target > capability
+        if options.get("blocks") is not None or too_much or unlike:
+            left_out += 1
             return result
         expected = result.arrays
         if "mma." in self.ptx:

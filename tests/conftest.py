@@ -45,7 +45,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--beside-gpu",
         action="store_true",
-        help="repeat every launch of the PTX emulator on this machine's GPU and compare the bytes",
+        help="repeat launches of the PTX emulator on this machine's GPU and compare the bytes",
     )
 
 
@@ -66,7 +66,8 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     if terminalreporter.config.getoption("--beside-gpu"):
         import beside_gpu
 
-        terminalreporter.write_line(f"{beside_gpu.compared} launches compared with the GPU")
+        counts = f"{beside_gpu.compared} launches compared with the GPU"
+        terminalreporter.write_line(f"{counts}, {beside_gpu.left_out} left out")
 
 
 @pytest.fixture(autouse=True)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import weakref
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -271,17 +273,39 @@ def test_lora_products_agree_with_the_cpus(
             assert relative(ours, theirs.double()) < TOLERANCE[dtype]
 
 
-def test_a_product_never_holds_more_than_a_chunk(monkeypatch: pytest.MonkeyPatch) -> None:
-    held = []
+@pytest.mark.parametrize("product", [gpu.linear, gpu.linear_backward])
+def test_a_product_never_holds_more_than_a_chunk(
+    product: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes, chunks = [], []
     decode = gpu.dequantize_rows
 
     def watched(*arguments: object) -> Tensor:
-        held.append(decode(*arguments))
-        return held[-1]
+        assert all(chunk() is None for chunk in chunks), "the chunk before is still there"
+        decoded = decode(*arguments)
+        chunks.append(weakref.ref(decoded))
+        sizes.append(decoded.nbytes)
+        return decoded
 
     monkeypatch.setattr(gpu, "dequantize_rows", watched)
     monkeypatch.setattr(gpu, "CHUNK_BYTES", 1 << 16)
     packed = packed_of(torch.randn(1024, 256), 64, True)
-    gpu.linear(torch.randn(2, 256), packed, None, EmulatedGPU())
-    assert len(held) == 16
-    assert max(chunk.nbytes for chunk in held) == 1 << 16
+    if product is gpu.linear:
+        gpu.linear(torch.randn(2, 256), packed, None, EmulatedGPU())
+    else:
+        gpu.linear_backward(torch.randn(2, 1024), packed, EmulatedGPU())
+    assert sizes == [1 << 16] * 16
+
+
+def test_autocast_does_not_change_what_a_product_computes_in() -> None:
+    packed = packed_of(torch.randn(64, 128), 64, True)
+    low_rank = cpu.LowRank(torch.randn(4, 128), torch.randn(64, 4), 2.0)
+    x, grad = torch.randn(3, 128), torch.randn(3, 64)
+    expected = gpu.lora_linear(x, packed, low_rank, None, EmulatedGPU())
+    gradients = (x, expected[1], packed, low_rank, True, EmulatedGPU())
+    expected += gpu.lora_linear_backward(grad, *gradients)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = gpu.lora_linear(x, packed, low_rank, None, EmulatedGPU())
+        found += gpu.lora_linear_backward(grad, *gradients)
+    for ours, theirs in zip(found, expected, strict=True):
+        assert torch.equal(ours, theirs)

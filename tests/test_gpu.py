@@ -129,15 +129,17 @@ def test_threads_of_their_own_compute_the_same() -> None:
             assert torch.equal(found, expected)
 
 
-def test_the_first_work_of_a_process_may_come_from_a_new_thread(run_python: Callable) -> None:
+def test_the_first_work_of_a_process_may_come_from_new_threads(run_python: Callable) -> None:
     done = run_python("""
         import threading, torch, qlora_rs
         weight = torch.ones(64, 64, device="cuda")
         results = []
-        thread = threading.Thread(target=lambda: results.append(qlora_rs.quantize(weight)))
-        thread.start()
-        thread.join()
-        assert bool((results[0].dequantize() == 1).all())
+        work = lambda: results.append(qlora_rs.quantize(weight).dequantize())
+        threads = [threading.Thread(target=work) for _ in range(8)]
+        for thread in threads: thread.start()
+        for thread in threads: thread.join()
+        assert len(results) == 8
+        assert all(bool((found == 1).all()) for found in results)
     """)
     assert done.returncode == 0, done.stderr
 

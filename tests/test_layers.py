@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import math
+from collections.abc import Callable
 
 import bitsandbytes
 import peft
@@ -91,6 +92,28 @@ def test_a_state_dict_survives_safetensors(layer: NF4Linear) -> None:
     other.weight.zero_()
     other.load_state_dict(state, strict=True)
     assert same_bytes(layer, other)
+
+
+def test_layers_share_no_memory_so_that_a_whole_models_state_is_saved() -> None:
+    safetensors = pytest.importorskip("safetensors.torch")
+    model = nn.Sequential(base(), base())
+    state = safetensors.load(safetensors.save(model.state_dict()))
+    assert set(state) == set(model.state_dict())
+    other = state["0.weight.nested_quant_map"].flip(0)
+    model.load_state_dict({**state, "0.weight.nested_quant_map": other})
+    assert torch.equal(model[1].nested_map, base().nested_map)
+
+
+def test_quantizing_first_in_inference_mode_leaves_nothing_behind(run_python: Callable) -> None:
+    done = run_python("""
+        import torch, qlora_rs
+        with torch.inference_mode():
+            qlora_rs.quantize(torch.eye(64))
+        x = torch.ones(2, 64, requires_grad=True)
+        qlora_rs.linear(x, qlora_rs.quantize(torch.eye(64))).sum().backward()
+        assert bool((x.grad == 1).all())
+    """)
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize("nested", [False, True])

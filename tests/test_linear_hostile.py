@@ -121,6 +121,14 @@ def test_x_on_another_device_than_the_weight_is_refused_with_both() -> None:
     assert "x is on meta but the weight is on cpu" in message
 
 
+@pytest.mark.parametrize("name", ["lora_a", "lora_b"])
+def test_a_lora_matrix_on_another_device_is_refused_with_both(name: str) -> None:
+    matrices = {"lora_a": torch.zeros(3, 64), "lora_b": torch.zeros(5, 3)}
+    matrices[name] = matrices[name].to("meta")
+    message = refusal(torch.zeros(2, 64), PACKED, *matrices.values(), 1.0)
+    assert f"{name} is on meta but the weight is on cpu" in message
+
+
 @pytest.mark.parametrize(
     ("a", "b"),
     [

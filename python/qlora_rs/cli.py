@@ -394,7 +394,7 @@ def _add_merge(commands: Any) -> None:
     parser.add_argument(
         "--tokens",
         type=int,
-        default=16384,
+        default=12288,
         metavar="N",
         help="tokens to calibrate on (%(default)s)",
     )

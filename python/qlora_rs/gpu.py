@@ -155,7 +155,7 @@ def dequantize(packed: Packed, dtype: torch.dtype, launcher: Launcher = kernels.
 def _chunks(
     packed: Packed, dtype: torch.dtype, launcher: Launcher
 ) -> Iterator[tuple[slice, Tensor]]:
-    """Runs of output features and their rows of W, decoded."""
+    """Runs of output features and their rows of W, decoded; let go of one before the next."""
     step = row_step(packed)
     row_bytes = max(packed.in_features * dtype.itemsize, 1)
     rows = max(CHUNK_BYTES // row_bytes // step, 1) * step
@@ -175,6 +175,7 @@ def linear(
             torch.mm(x, weight.t(), out=y[:, features])
         else:
             torch.addmm(bias[features], x, weight.t(), out=y[:, features])
+        del weight  # before the next chunk is decoded
     return y
 
 
@@ -188,7 +189,14 @@ def linear_backward(grad: Tensor, packed: Packed, launcher: Launcher = kernels.l
             grad_x.addmm_(grad[:, features], weight)
         else:
             torch.mm(grad[:, features], weight, out=grad_x)
+        del weight
     return grad_x
+
+
+def _product(left: Tensor, right: Tensor) -> Tensor:
+    """left right in their own dtype: autocast would choose another one than the caller did."""
+    out = left.new_empty((left.shape[0], right.shape[1]))
+    return torch.mm(left, right, out=out)
 
 
 def lora_linear(
@@ -200,7 +208,7 @@ def lora_linear(
 ) -> tuple[Tensor, Tensor]:
     """y = x Wᵀ + hidden Bᵀ + bias and hidden = scaling x Aᵀ."""
     y = linear(x, packed, bias, launcher)
-    hidden = (x @ low_rank.lora_a.to(x.dtype).t()).mul_(low_rank.scaling)
+    hidden = _product(x, low_rank.lora_a.to(x.dtype).t()).mul_(low_rank.scaling)
     return y.addmm_(hidden, low_rank.lora_b.to(x.dtype).t()), hidden
 
 
@@ -220,8 +228,8 @@ def lora_linear_backward(
     lora_a, lora_b, scaling = low_rank
     # First what this file launches: torch warns where its autograd thread begins with cuBLAS.
     grad_x = linear_backward(grad, packed, launcher) if needs_x else grad.new_empty(0)
-    grad_hidden = (grad @ lora_b.to(grad.dtype)).mul_(scaling)
+    grad_hidden = _product(grad, lora_b.to(grad.dtype)).mul_(scaling)
     if needs_x:
         grad_x.addmm_(grad_hidden, lora_a.to(grad.dtype))
-    grad_a = (grad_hidden.t() @ x).to(lora_a.dtype)
-    return grad_x, grad_a, (grad.t() @ hidden).to(lora_b.dtype)
+    grad_a = _product(grad_hidden.t(), x).to(lora_a.dtype)
+    return grad_x, grad_a, _product(grad.t(), hidden).to(lora_b.dtype)

@@ -186,6 +186,11 @@ def binary(launch: Launch, capability: tuple[int, int]) -> str:
     return str(kernel_cache.fetch(name, key, suffix, build))
 
 
+# CuPy unloads a module that nobody holds, even while its kernel runs; and two threads that load the
+# same kernel at the same time leave a second module.
+_loaded: list[Any] = []
+
+
 @functools.cache
 def _load(kernel: str, constants: tuple[tuple[str, str], ...], index: int) -> Any:
     """A kernel as CuPy has loaded it into a device's context, which must be current."""
@@ -197,6 +202,7 @@ def _load(kernel: str, constants: tuple[tuple[str, str], ...], index: int) -> An
             f'({error}): {nvrtc.ADD_NVRTC} brings it, or use the CPU: .to("cpu")'
         ) from error
     module = Module()
+    _loaded.append(module)
     launch = Launch(kernel, constants, 0)
     module.load_file(binary(launch, torch.cuda.get_device_capability(index)))
     return module.get_function(kernel)

@@ -7,7 +7,7 @@ packed copy of more than one layer exist beside each other.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
 
 import torch
@@ -101,9 +101,18 @@ def quantize_model(
 
 def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:
     """Put `module` where `name` is, and wherever else the module there stands."""
-    old = model.get_submodule(name)
-    places = [n for n, m in model.named_modules(remove_duplicate=False) if m is old]
-    for place in places:
+    replace_modules(model, {name: module})
+
+
+def replace_modules(model: nn.Module, modules: Mapping[str, nn.Module]) -> None:
+    """The same for many at once, in one search through the model; none may be inside another."""
+    new = {id(model.get_submodule(name)): module for name, module in modules.items()}
+    places = [
+        (place, new[id(old)])
+        for place, old in model.named_modules(remove_duplicate=False)
+        if id(old) in new
+    ]
+    for place, module in places:
         parent, _, attribute = place.rpartition(".")
         setattr(model.get_submodule(parent), attribute, module)
 

@@ -144,6 +144,11 @@ def check_lora(lora_a: Tensor, lora_b: Tensor, packed: Packed) -> None:
     for name, matrix in (("lora_a", lora_a), ("lora_b", lora_b)):
         if matrix.dtype not in ACTIVATIONS:
             raise QloraError(f"{name} must be a float tensor, got {matrix.dtype}")
+        if not (matrix.is_cpu and packed.codes.is_cpu) and matrix.device != packed.codes.device:
+            raise QloraError(
+                f"{name} is on {matrix.device} but the weight is on {packed.codes.device}; move "
+                "one of them"
+            )
 
 
 def _check_bias(bias: Tensor | None, out_features: int) -> None:

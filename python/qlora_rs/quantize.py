@@ -37,7 +37,9 @@ def dynamic_map(device: torch.device = CPU) -> Tensor:
 
     One tensor for each device, never changed: a CUDA graph may not copy it from the CPU.
     """
-    return torch.tensor(_rust.dynamic_map(), dtype=torch.float32, device=device)
+    # Kept for calls with gradients too, whoever is the first to ask.
+    with torch.inference_mode(False):
+        return torch.tensor(_rust.dynamic_map(), dtype=torch.float32, device=device)
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -172,7 +174,8 @@ class PackedWeight:
         entries = {
             prefix: self.codes,
             f"{prefix}.absmax": self.absmax,
-            f"{prefix}.quant_map": levels().to(self.device),
+            # A copy: tensors of a file may not share memory.
+            f"{prefix}.quant_map": levels().to(self.device, copy=True),
         }
         if self.nested_absmax is not None:
             assert self.nested_offset is not None
@@ -311,5 +314,6 @@ def quantize(weight: Tensor, block_size: int = 64, double_quant: bool = True) ->
     codes, absmax, *nested = torch.ops.qlora_rs.quantize(weight, block_size, double_quant)
     parts: _Nested = (None, None, None)
     if double_quant:
-        parts = (nested[0], nested[1], dynamic_map(codes.device))
+        # A copy for each weight: files and loaders take tensors that share memory for tied ones.
+        parts = (nested[0], nested[1], dynamic_map(codes.device).clone())
     return PackedWeight(codes, absmax, *parts, weight.shape, weight.dtype, block_size)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from qlora_rs.merging.report import ModelScores
 from qlora_rs.merging.statistics import Batch
-from qlora_rs.model import replace_module
+from qlora_rs.model import replace_modules
 
 IGNORED = -100
 # Tokens whose logits are compared at a time: 32 x 49152 float32 are 6 MB, which caches hold.
@@ -55,12 +55,10 @@ def replaced(model: nn.Module, layers: dict[str, nn.Module]) -> Iterator[None]:
     """Other layers in the model for the length of a block."""
     before = {name: model.get_submodule(name) for name in layers}
     try:
-        for name, layer in layers.items():
-            replace_module(model, name, layer)
+        replace_modules(model, layers)
         yield
     finally:
-        for name, layer in before.items():
-            replace_module(model, name, layer)
+        replace_modules(model, before)
 
 
 @dataclass

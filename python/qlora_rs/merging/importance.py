@@ -35,11 +35,10 @@ class MethodSettings:
     returned: float
 
 
-# By the KL that the whole model ends with, a larger share and no shrinkage are better where scales
-# are trained afterwards; for the outputs of each layer by itself, which `calibrated` answers for,
-# the other.
+# By the KL that the whole model ends with, no shrinkage is better where scales are trained
+# afterwards; for the outputs of each layer by itself, which `calibrated` answers for, the other.
 METHOD_SETTINGS = {
-    "calibrated": MethodSettings(share=0.125, shrunk=True, coupled=False, returned=RETURNED),
+    "calibrated": MethodSettings(share=0.25, shrunk=True, coupled=False, returned=RETURNED),
     "distilled": MethodSettings(share=0.25, shrunk=False, coupled=True, returned=1.0),
 }
 # One batch of so many is enough for weights, which need a backward pass.
@@ -74,10 +73,10 @@ def mixed(group: Moment, settings: MethodSettings) -> Tensor:
     """H of a group for the solver: shrunk, then what a few tokens have beyond the rest, then the
     weighted form mixed in where there is one; traces are kept."""
 
-    def shrunk(second_moment: Tensor) -> Tensor:
-        return shrink(second_moment, group.tokens) if settings.shrunk else second_moment
+    def shrunk(second_moment: Tensor, tokens: int) -> Tensor:
+        return shrink(second_moment, tokens) if settings.shrunk else second_moment
 
-    plain = shrunk(group.mean())
+    plain = shrunk(group.mean(), group.tokens)
     if group.excess is not None:
         plain.add_(group.excess.sum(), alpha=1.0 / group.tokens)
     if group.weighted is None:
@@ -87,7 +86,8 @@ def mixed(group: Moment, settings: MethodSettings) -> Tensor:
     if not (0.0 < own < float("inf")) or not torch.isfinite(weighted).all():
         return plain
     share = settings.share
-    return plain.mul_(1.0 - share).add_(shrunk(weighted), alpha=share * trace / own)
+    weighted = shrunk(weighted, group.weighted_tokens)
+    return plain.mul_(1.0 - share).add_(weighted, alpha=share * trace / own)
 
 
 def _pass(
@@ -137,6 +137,7 @@ def _pass(
             group.weighted = Gram(group.columns)
         rows = x.reshape(-1, x.shape[-1]).float() * weight.reshape(-1, 1).sqrt()
         group.weighted.add(rows)
+        group.weighted_tokens += rows.shape[0]
 
 
 def _draw(probabilities: Tensor, generator: torch.Generator) -> Tensor:

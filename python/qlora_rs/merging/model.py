@@ -27,7 +27,7 @@ from qlora_rs.merging.statistics import (
     group_by_input,
 )
 from qlora_rs.merging.unbiased import calibrate_unbiased
-from qlora_rs.model import replace_module
+from qlora_rs.model import replace_modules
 from qlora_rs.quantize import PackedWeight
 
 # With fewer tokens than inputs, H has directions that no token ever showed.
@@ -86,8 +86,9 @@ def merge_model(
             module.training = training
     report.guard(limit_kl)
     undo = {layer.name: layer.module for layer in layers}
-    for name, layer in merged.items():
-        replace_module(model, name, layer.train(undo[name].training))
+    replace_modules(
+        model, {name: layer.train(undo[name].training) for name, layer in merged.items()}
+    )
     if reversible:
         # Past nn.Module's own attribute setter: these are no submodules.
         earlier = model.__dict__.get(_UNDO, {})
@@ -106,9 +107,7 @@ def unmerge(model: nn.Module) -> nn.Module:
             "the model was not merged by merge_model (or with reversible=False); load the base "
             "and the adapter again"
         )
-    for name, layer in undo.items():
-        layer.train(model.training)
-        replace_module(model, name, layer)
+    replace_modules(model, {name: layer.train(model.training) for name, layer in undo.items()})
     return model
 
 
@@ -127,7 +126,7 @@ def _split(
     if tokens < FEWEST_TOKENS:
         raise QloraError(
             f'method "{method}" needs calibration text: {tokens} tokens are left to calibrate on, '
-            f"at least {FEWEST_TOKENS} are needed and some 16,000 are good (in two batches or "
+            f"at least {FEWEST_TOKENS} are needed and some 12,000 are good (in two batches or "
             'more, of which some are set aside to measure on); method "nearest" needs none'
         )
     return fitting, held_out

@@ -21,13 +21,14 @@ from qlora_rs.quantize import PackedWeight, quantize
 
 METHODS = ("nearest", "calibrated", "distilled")
 # Of the solver's settings: layers that another revision finished are not mixed with new ones.
-REVISION = 4
+REVISION = 5
 DAMPING = 3e-4  # of the mean diagonal of H
 SWEEPS = 8
 TOLERANCE = 1e-3
 ROUNDS = 0
 ANNEAL = 20
-FEWEST_SWEEPS, MOST_SWEEPS = 10, 28  # of annealing, where the number of tokens is known
+FEWEST_SWEEPS, MOST_SWEEPS = 12, 35  # of annealing, where the number of tokens is known
+SWEEPS_PER_TOKEN = 1.25
 SHRINKAGE, MOST_SHRINKAGE = 2.0, 0.5
 OUTPUT_DAMPING = 0.01  # of the mean diagonal of F
 
@@ -227,8 +228,12 @@ def shrink(second_moment: Tensor, tokens: int) -> Tensor:
 
 
 def anneal_sweeps(tokens: int, columns: int) -> int:
-    """As many sweeps as there are tokens per input: what is known of H pays for no more."""
-    return min(max(tokens // columns, FEWEST_SWEEPS), MOST_SWEEPS)
+    """A little more sweeps than there are tokens per input: what is known of H pays for no more.
+
+    >>> anneal_sweeps(tokens=12_000, columns=576)
+    26
+    """
+    return min(max(int(SWEEPS_PER_TOKEN * tokens / columns), FEWEST_SWEEPS), MOST_SWEEPS)
 
 
 def calibrate(

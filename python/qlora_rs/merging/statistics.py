@@ -77,6 +77,7 @@ class Moment:
     reached: bool = True
     seen: Tensor | None = field(default=None, repr=False)
     weighted: Gram | None = field(default=None, repr=False)
+    weighted_tokens: int = 0
     parted: bool = False
     excess: Gram | None = field(default=None, repr=False)
     outputs: dict[str, OutputMoment] = field(default_factory=dict, repr=False)

@@ -44,6 +44,8 @@ from qlora_rs.recipes.settings import DTYPES, FinetuneSettings
 
 REPORT_FILE, PAGE_FILE, PLOT_FILE = "merge.json", "merge.html", "merge.svg"
 ADAPTER_FOLDER = "adapter"
+# Tokens of --evaluation, whatever --tokens says of the calibration.
+EVALUATION_TOKENS = 4096
 FORMATS = ("nf4", "bf16", "separate")
 
 
@@ -66,7 +68,7 @@ class MergeSettings:
     to: str = "nf4"
     calibration: str | None = None
     evaluation: str | None = None
-    tokens: int = 16384
+    tokens: int = 12288
     length: int = 512
     hybrid_rank: int = 0
     limit_kl: float | None = None
@@ -232,7 +234,7 @@ def _merge(
     batches = _text(settings, base, notes, progress)
     held_out = None
     if settings.evaluation is not None:
-        held_out = _read(settings, "--evaluation", settings.evaluation, base, settings.tokens // 4)
+        held_out = _read(settings, "--evaluation", settings.evaluation, base, EVALUATION_TOKENS)
     identity = {
         "base": base_model.model_identity(settings.base),
         "adapter": _adapter_digest(Path(settings.adapter).expanduser()),
