@@ -204,19 +204,18 @@ fn solve_strip(
                 best_objectives[row] = end[row];
             }
         }
-        best.clone()
+        (best.clone(), best_objectives)
     };
-    let mut found = settle(nearest);
+    let (mut found, mut reached) = settle(nearest);
     if let Some(ahead) = ahead {
-        found = settle(ahead);
+        (found, reached) = settle(ahead);
     }
     for _ in 0..problem.effort.rounds {
         feedback::round(kernels, &mut found, curvature);
-        found = settle(found);
+        (found, reached) = settle(found);
     }
     if problem.effort.anneal > 0 {
-        let objectives = found.objectives(kernels, curvature);
-        descent::anneal(kernels, &mut found, grid, curvature, &objectives, problem.effort.anneal);
+        descent::anneal(kernels, &mut found, grid, curvature, &reached, problem.effort.anneal);
         settle(found);
     }
     let pairs = start.into_iter().zip(best_objectives);

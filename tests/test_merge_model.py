@@ -6,6 +6,7 @@ import json
 import warnings
 from pathlib import Path
 
+import peft
 import pytest
 import tiny_llama
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 
 import qlora_rs
 from qlora_rs import NF4Linear, QloraError, QLoRALinear
-from qlora_rs.merging import distill, evaluate, importance, statistics
+from qlora_rs.merging import distill, evaluate, importance, solve, statistics
 from qlora_rs.merging.adapted import find_adapted
 from qlora_rs.merging.report import MergeReport, plot_layers, report_table
 
@@ -376,6 +377,7 @@ def test_a_batch_that_weighs_tokens_counts_them_once() -> None:
     batches = statistics.as_batches(text(7))
     layers = find_adapted(model)
     run = forward(model)
+    weighing_ids = [batch["input_ids"] for batch in batches[:: importance.EVERY]]
     found = []
     for weigh in (None, importance.weighing(model)):
         with torch.no_grad():
@@ -386,7 +388,38 @@ def test_a_batch_that_weighs_tokens_counts_them_once() -> None:
         assert plain.tokens == weighed.tokens > 0
         assert plain.weighted is None
         assert weighed.weighted is not None
+        # No answer depends on the last token of a row.
+        assert weighed.weighted_tokens == sum(ids.numel() - ids.shape[0] for ids in weighing_ids)
         torch.testing.assert_close(weighed.mean(), plain.mean(), rtol=1e-3, atol=1e-4)
+
+
+def test_weighted_statistics_are_shrunk_by_the_tokens_that_they_come_from() -> None:
+    def group(tokens: int, weighted_tokens: int) -> statistics.Moment:
+        moment = statistics.Moment([find_adapted(tiny_llama.with_adapter())[0]], tokens=tokens)
+        moment.weighted_tokens = weighted_tokens
+        for name, count in (("total", tokens), ("weighted", 1)):
+            gram = statistics.Gram(moment.columns)
+            gram.total = torch.ones(moment.columns, moment.columns).mul_(count)
+            setattr(moment, name, gram)
+        return moment
+
+    settings = importance.METHOD_SETTINGS["calibrated"]
+    columns = group(1, 1).columns
+    many, few, none = (
+        float(importance.mixed(group(10**9, count), settings)[0, 1])
+        for count in (10**9, 8 * columns, 1)
+    )
+    assert many == pytest.approx(1.0, abs=1e-4)
+    assert few == pytest.approx(1.0 - settings.share * solve.SHRINKAGE / 8)
+    assert none == pytest.approx(1.0 - settings.share * solve.MOST_SHRINKAGE)
+
+
+def test_an_adapter_of_peft_around_one_of_ours_is_refused() -> None:
+    model = tiny_llama.with_adapter()
+    config = peft.LoraConfig(r=2, target_modules=["q_proj"])
+    wrapped = peft.get_peft_model(model, config)
+    with pytest.raises(QloraError, match=r"q_proj has an adapter of peft around one of ours"):
+        find_adapted(wrapped)
 
 
 def test_indices_are_drawn_as_often_as_their_probability() -> None:

@@ -90,6 +90,19 @@ def test_a_quantized_model_computes_what_its_dequantized_copy_does() -> None:
     torch.testing.assert_close(model(IDS), dense(IDS))
 
 
+def test_many_modules_are_replaced_at_once_wherever_they_stand() -> None:
+    tied, other = nn.Linear(4, 4), nn.Linear(4, 4)
+    model = nn.ModuleDict({"a": tied, "b": nn.Sequential(tied, other), "c": other})
+    new = {"a": nn.Identity(), "c": nn.Tanh()}
+    qlora_rs.model.replace_modules(model, new)
+    assert model["a"] is model["b"][0] is new["a"]
+    assert model["c"] is model["b"][1] is new["c"]
+    # Two that change places.
+    qlora_rs.model.replace_modules(model, {"a": model["c"], "c": model["a"]})
+    assert model["a"] is model["b"][0] is new["c"]
+    assert model["c"] is model["b"][1] is new["a"]
+
+
 @pytest.mark.parametrize(
     ("skip", "left"),
     [

@@ -202,9 +202,9 @@ def _load(kernel: str, constants: tuple[tuple[str, str], ...], index: int) -> An
             f'({error}): {nvrtc.ADD_NVRTC} brings it, or use the CPU: .to("cpu")'
         ) from error
     module = Module()
-    _loaded.append(module)
     launch = Launch(kernel, constants, 0)
     module.load_file(binary(launch, torch.cuda.get_device_capability(index)))
+    _loaded.append(module)
     return module.get_function(kernel)
 
 

@@ -37,9 +37,7 @@ def dynamic_map(device: torch.device = CPU) -> Tensor:
 
     One tensor for each device, never changed: a CUDA graph may not copy it from the CPU.
     """
-    # Kept for calls with gradients too, whoever is the first to ask.
-    with torch.inference_mode(False):
-        return torch.tensor(_rust.dynamic_map(), dtype=torch.float32, device=device)
+    return torch.tensor(_rust.dynamic_map(), dtype=torch.float32, device=device)
 
 
 @dataclass(frozen=True, eq=False, repr=False)

@@ -112,6 +112,12 @@ def find_adapted(model: nn.Module) -> list[AdaptedLayer]:
     """
     found = []
     for name, module in model.named_modules():
+        inner = getattr(module, "base_layer", None)
+        if isinstance(inner, QLoRALinear) and inner.adapter_enabled:
+            raise QloraError(
+                f"{name} has an adapter of peft around one of ours; merge one of them first, or "
+                "disable it (disable_adapter)"
+            )
         if isinstance(module, QLoRALinear):
             if module.adapter_enabled:
                 found.append(AdaptedLayer(name, module, module.packed, ("default",)))

@@ -71,7 +71,7 @@ def weighing(model: nn.Module) -> Callable[[list[Moment], int, Batch], bool]:
 
 def mixed(group: Moment, settings: MethodSettings) -> Tensor:
     """H of a group for the solver: shrunk, then what a few tokens have beyond the rest, then the
-    weighted form mixed in where there is one; traces are kept."""
+    weighted form mixed in, shrunk too, where there is one; traces are kept."""
 
     def shrunk(second_moment: Tensor, tokens: int) -> Tensor:
         return shrink(second_moment, tokens) if settings.shrunk else second_moment
@@ -137,7 +137,8 @@ def _pass(
             group.weighted = Gram(group.columns)
         rows = x.reshape(-1, x.shape[-1]).float() * weight.reshape(-1, 1).sqrt()
         group.weighted.add(rows)
-        group.weighted_tokens += rows.shape[0]
+        # Rows that no answer depends on, padding among them, tell nothing.
+        group.weighted_tokens += int(weight.count_nonzero())
 
 
 def _draw(probabilities: Tensor, generator: torch.Generator) -> Tensor:

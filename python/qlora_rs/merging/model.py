@@ -132,6 +132,11 @@ def _split(
     return fitting, held_out
 
 
+def _format(packed: PackedWeight) -> tuple:
+    """What a stored result must have in common with the layer that it is for."""
+    return packed.shape, packed.block_size, packed.double_quant
+
+
 @dataclass(frozen=True)
 class _Known:
     """What statistics tell the solver of one layer; curvature: None where blocks span rows."""
@@ -265,7 +270,7 @@ class _Job:
         found = {layer.name: self.store.get(layer.name) for layer in group.layers}
         for layer in group.layers:
             entry = found[layer.name]
-            if entry is None or entry[0].shape != layer.packed.shape:
+            if entry is None or _format(entry[0]) != _format(layer.packed):
                 return False
         for layer in group.layers:
             packed, residual = found[layer.name]

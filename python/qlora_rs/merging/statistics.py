@@ -66,9 +66,10 @@ class Moment:
     """H of one input and the layers that have it.
 
     total: Σ xᵀx so far. reached: whether the first batch came here. seen: the
-    tensor that the pass in progress brought. weighted: see `importance.py`. parted: whether what
-    a few tokens have `beyond` the rest is summed apart, in excess (to calibrate), or not.
-    outputs: by layer, how the errors of its outputs add up (`coupling.py`), where it is wanted.
+    tensor that the pass in progress brought. weighted: see `importance.py`; it comes from
+    weighted_tokens. parted: whether what a few tokens have `beyond` the rest is summed apart, in
+    excess (to calibrate), or not. outputs: by layer, how the errors of its outputs add up
+    (`coupling.py`), where it is wanted.
     """
 
     layers: list[AdaptedLayer]

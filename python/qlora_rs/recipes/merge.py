@@ -57,7 +57,7 @@ class MergeSettings:
     folder to make. to: "nf4"; "bf16", a plain 16-bit model with nothing lost; "separate", the
     packed base with the adapter beside it. calibration: JSONL or text file; None takes the
     adapter's training data where it is found, else text that the model writes itself. tokens: how
-    much of it. evaluation: text to measure on; None sets an eighth of the
+    much of it. evaluation: text to measure on (4,096 tokens of it); None sets an eighth of the
     calibration aside. limit_kl: refuse a result farther from the unmerged model, in nats per token.
     """
 
