@@ -195,13 +195,13 @@ _loaded: list[Any] = []
 def _load(kernel: str, constants: tuple[tuple[str, str], ...], index: int) -> Any:
     """A kernel as CuPy has loaded it into a device's context, which must be current."""
     try:
-        from cupy.cuda.function import Module
+        import cupy
     except ImportError as error:
         raise QloraError(
             "CuPy, which launches the CUDA kernels, cannot be imported "
             f'({error}): {nvrtc.ADD_NVRTC} brings it, or use the CPU: .to("cpu")'
         ) from error
-    module = Module()
+    module = cupy.cuda.function.Module()
     launch = Launch(kernel, constants, 0)
     module.load_file(binary(launch, torch.cuda.get_device_capability(index)))
     _loaded.append(module)
