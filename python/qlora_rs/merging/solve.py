@@ -21,7 +21,7 @@ from qlora_rs.quantize import PackedWeight, quantize
 
 METHODS = ("nearest", "calibrated", "distilled")
 # Of the solver's settings: layers that another revision finished are not mixed with new ones.
-REVISION = 5
+REVISION = 6
 DAMPING = 3e-4  # of the mean diagonal of H
 SWEEPS = 8
 TOLERANCE = 1e-3
