@@ -24,14 +24,12 @@ from benches.gpu_measure import (
     gpu_machine,
     gpu_slug,
     interleave,
-    relative_error,
     sets_beyond_cache,
 )
 from benches.measure import Table
 from qlora_rs import NF4Linear, PackedWeight, QLoRALinear
 
 SIZES = ((4096, 4096), (11008, 4096), (16384, 16384))
-TOLERANCE = 2e-2
 BLOCK_SIZE = 64
 GPU = torch.device("cuda")
 
@@ -80,7 +78,7 @@ def measure_bytes(bandwidth: float) -> Table:
         for dtype in (torch.bfloat16, torch.float32):
             count = size[0] * size[1]
             packed_bytes = count // 2 + count // BLOCK_SIZE + count // BLOCK_SIZE // 256 * 4
-            dense_bytes = count * dtype.itemsize
+            needed = count * dtype.itemsize + packed_bytes
             sets = sets_beyond_cache(packed_bytes)
             weights = [torch.randn(size, device=GPU).to(dtype) for _ in range(min(sets, 8))]
             differing = check_same_bytes(weights[0])
@@ -89,17 +87,15 @@ def measure_bytes(bandwidth: float) -> Table:
             theirs = [their_quantize(weights[i % len(weights)]) for i in range(sets)]
             operations = {
                 "quantize": (
-                    dense_bytes + packed_bytes,
                     [lambda w=w: qlora_rs.quantize(w, BLOCK_SIZE) for w in weights],
                     [lambda w=w: their_quantize(w) for w in weights],
                 ),
                 "dequantize": (
-                    dense_bytes + packed_bytes,
                     [lambda p=p, d=dtype: p.dequantize(d) for p in ours],
                     [lambda c=c, s=s: functional.dequantize_4bit(c, s) for c, s in theirs],
                 ),
             }
-            for name, (needed, us, them) in operations.items():
+            for name, (us, them) in operations.items():
                 contenders = {"ours": us, "bnb": them}
                 # bitsandbytes' quantize copies a table from the host, which no graph can hold.
                 both = contenders if name == "dequantize" else {"ours": us}
@@ -139,12 +135,6 @@ def layers(size: tuple[int, int], sets: int) -> dict[str, list[nn.Module]]:
     return made
 
 
-def check(name: str, found: Tensor, exact: Tensor) -> None:
-    error = relative_error(found, exact)
-    if not error <= TOLERANCE:
-        raise SystemExit(f"{name} is wrong by {error:.2g} of the largest result: not timed")
-
-
 def measure_linear() -> Table:
     """Forward without gradients, as generation runs it."""
     names = ("ours", "bnb", "torch dense")
@@ -157,9 +147,9 @@ def measure_linear() -> Table:
         for rows in (1, 8, 32, 128, 512, 4096):
             x = torch.randn(rows, size[1], device=GPU, dtype=torch.bfloat16)
             with torch.no_grad():
-                exact = x.double() @ made["ours"][0].packed.dequantize(torch.float64).t()
+                exact = peers.exact_product(x, made["ours"][0].packed)
                 for name, kind in made.items():
-                    check(name, kind[0](x), exact)
+                    peers.check(name, kind[0](x), exact, x.dtype)
                 contenders = {
                     name: [lambda m=m, x=x: m(x) for m in kind] for name, kind in made.items()
                 }
@@ -201,11 +191,11 @@ def measure_training(rank: int = 16) -> Table:
             dense = [peers.forward_backward(m, x, grad) for m in made["peft dense"]]
             contenders, peak = {}, {}
             for name, kind in made.items():
-                check(name, kind[0](x), exact)
+                peers.check(name, kind[0](x), exact, x.dtype)
                 contenders[name] = [peers.forward_backward(m, x, grad) for m in kind]
                 if name != "peft dense":
                     for found, expected in zip(contenders[name][0](), dense[0](), strict=True):
-                        check(f"a gradient of {name}", found, expected.double())
+                        peers.check(f"{name}'s gradient", found, expected.double(), x.dtype)
                 torch.cuda.synchronize()
                 before = torch.cuda.memory_allocated()
                 torch.cuda.reset_peak_memory_stats()

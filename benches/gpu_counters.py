@@ -97,8 +97,8 @@ def main() -> None:
     table = Table(
         "gpu-counters",
         (
-            "kernel", "sectors", "emulated", "wavefronts", "emulated", "conflicts ld/st/atom",
-            "warp instr.", "of PTX",
+            "kernel", "sectors", "emulated sectors", "wavefronts", "emulated wavefronts",
+            "conflicts ld/st/atom", "warp instr.", "of PTX",
             "DRAM MB", "needed MB", "us", "GB/s needed",
         ),
         about=gpu_machine(),

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import platform
 import re
 import statistics
 from collections.abc import Callable, Sequence
 
+import bitsandbytes
+import peft
 import torch
-from torch import Tensor
 
 import qlora_rs
 from qlora_rs import nvrtc
@@ -25,14 +25,6 @@ def gpu_slug() -> str:
     return re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name().lower()).strip("-")
 
 
-def _version(package: str) -> str:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        # Run from a checkout rather than installed.
-        return str(getattr(__import__(package), "__version__", "unknown"))
-
-
 def gpu_machine() -> str:
     """The GPU, its driver, and the version of everything."""
     import cupy
@@ -45,15 +37,15 @@ def gpu_machine() -> str:
         f"{properties.total_memory / 2**30:.0f} GiB, L2 {properties.L2_cache_size >> 20} MiB, "
         f"driver for CUDA {driver // 1000}.{driver % 1000 // 10} | qlora_rs "
         f"{qlora_rs.__version__}, NVRTC {compiler}, torch {torch.__version__}, CuPy "
-        f"{cupy.__version__}, bitsandbytes {_version('bitsandbytes')}, peft {_version('peft')}, "
+        f"{cupy.__version__}, bitsandbytes {bitsandbytes.__version__}, peft {peft.__version__}, "
         f"Python {platform.python_version()}"
     )
 
 
-def sets_beyond_cache(size: int, least: int = 2) -> int:
-    """How many buffers of `size` bytes are CACHE_TIMES the L2 cache, at least `least`."""
+def sets_beyond_cache(size: int) -> int:
+    """How many buffers of `size` bytes are CACHE_TIMES the L2 cache; two at least."""
     cache = torch.cuda.get_device_properties(0).L2_cache_size
-    return max(least, -(-CACHE_TIMES * cache // size))
+    return max(2, -(-CACHE_TIMES * cache // size))
 
 
 def capture(calls: Calls) -> Callable[[], None]:
@@ -112,9 +104,3 @@ def copy_bandwidth() -> float:
     source.random_()
     micros = interleave({"copy": [lambda: target.copy_(source)]}, graphs=False)["copy"]
     return 2 * size / micros
-
-
-def relative_error(found: Tensor, exact: Tensor) -> float:
-    """The largest error, as a part of the largest exact value; NaN is an infinite error."""
-    error = (found.detach().double() - exact).abs().max() / exact.abs().max()
-    return float(torch.nan_to_num(error, nan=float("inf")))

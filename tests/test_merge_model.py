@@ -410,8 +410,8 @@ def test_weighted_statistics_are_shrunk_by_the_tokens_that_they_come_from() -> N
         for count in (10**9, 8 * columns, 1)
     )
     assert many == pytest.approx(1.0, abs=1e-4)
-    assert few == pytest.approx(1.0 - settings.share * solve.SHRINKAGE / 8)
-    assert none == pytest.approx(1.0 - settings.share * solve.MOST_SHRINKAGE)
+    assert few == pytest.approx(1.0 - importance.WEIGHTED_SHARE * solve.SHRINKAGE / 8)
+    assert none == pytest.approx(1.0 - importance.WEIGHTED_SHARE * solve.MOST_SHRINKAGE)
 
 
 def test_an_adapter_of_peft_around_one_of_ours_is_refused() -> None:

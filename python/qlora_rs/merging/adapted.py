@@ -107,16 +107,16 @@ class AdaptedLayer:
 def find_adapted(model: nn.Module) -> list[AdaptedLayer]:
     """The layers of `model` that have an active adapter, in the model's order.
 
-    Raises QloraError when there is none, when an adapter is merged already, and for adapters of
-    layers that are not 4-bit linear ones.
+    Raises QloraError when there is none, when an adapter is merged already or stands around another
+    one, and for adapters of layers that are not 4-bit linear ones.
     """
     found = []
     for name, module in model.named_modules():
         inner = getattr(module, "base_layer", None)
         if isinstance(inner, QLoRALinear) and inner.adapter_enabled:
             raise QloraError(
-                f"{name} has an adapter of peft around one of ours; merge one of them first, or "
-                "disable it (disable_adapter)"
+                f"{name} has an adapter of peft around one of ours, and only one can be merged: "
+                "merge ours before peft wraps the model"
             )
         if isinstance(module, QLoRALinear):
             if module.adapter_enabled:

@@ -4,7 +4,7 @@ The loss of answers to a small error d of a layer's output at one token is, to s
 ½ dᵀ F d with F = E[g gᵀ], g the gradient of log p(y) at that output, y drawn from the model's own
 prediction (the Fisher information). Of F only its trace is used here, one weight per token: an
 error counts where the model is sensitive. (`coupling.py` uses all of F.) Mixed into H by a share
-(`METHOD_SETTINGS`), it lowers the merged model's KL and costs plain output error; a larger share
+(`WEIGHTED_SHARE`), it lowers the merged model's KL and costs plain output error; a larger share
 does more of both.
 """
 
@@ -25,11 +25,9 @@ from qlora_rs.merging.unbiased import RETURNED
 
 @dataclass(frozen=True)
 class MethodSettings:
-    """How a method's H is made: the share of its weighted form, and whether it is shrunk; whether
-    rows are coupled (`coupling.py`), and how much is given back of what the update lacks, at most,
-    as a share of its own effect (`unbiased.py`)."""
+    """Whether a method's H is shrunk; whether rows are coupled (`coupling.py`); and how much is
+    given back of what the update lacks, at most, as a share of its own effect (`unbiased.py`)."""
 
-    share: float
     shrunk: bool
     coupled: bool
     returned: float
@@ -38,11 +36,13 @@ class MethodSettings:
 # By the KL that the whole model ends with, no shrinkage is better where scales are trained
 # afterwards; for the outputs of each layer by itself, which `calibrated` answers for, the other.
 METHOD_SETTINGS = {
-    "calibrated": MethodSettings(share=0.25, shrunk=True, coupled=False, returned=RETURNED),
-    "distilled": MethodSettings(share=0.25, shrunk=False, coupled=True, returned=1.0),
+    "calibrated": MethodSettings(shrunk=True, coupled=False, returned=RETURNED),
+    "distilled": MethodSettings(shrunk=False, coupled=True, returned=1.0),
 }
 # One batch of so many is enough for weights, which need a backward pass.
 EVERY = 6
+# Of H, its weighted form: more costs the outputs of single layers, less the model's answers.
+WEIGHTED_SHARE = 0.25
 
 
 def weighing(model: nn.Module) -> Callable[[list[Moment], int, Batch], bool]:
@@ -85,9 +85,8 @@ def mixed(group: Moment, settings: MethodSettings) -> Tensor:
     trace, own = float(plain.trace()), float(weighted.trace())
     if not (0.0 < own < float("inf")) or not torch.isfinite(weighted).all():
         return plain
-    share = settings.share
     weighted = shrunk(weighted, group.weighted_tokens)
-    return plain.mul_(1.0 - share).add_(weighted, alpha=share * trace / own)
+    return plain.mul_(1.0 - WEIGHTED_SHARE).add_(weighted, alpha=WEIGHTED_SHARE * trace / own)
 
 
 def _pass(
