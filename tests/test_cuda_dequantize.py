@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 import weakref
 from collections.abc import Callable
 
@@ -234,14 +235,15 @@ TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 4e-3, tor
 def test_products_by_chunks_are_the_dense_products(
     product: strategies.Product, chunk_bytes: int
 ) -> None:
-    before, gpu.CHUNK_BYTES = gpu.CHUNK_BYTES, chunk_bytes
+    before = gpu.CHUNK_BYTES, gpu.CHUNK_ROWS
+    gpu.CHUNK_BYTES, gpu.CHUNK_ROWS = chunk_bytes, 1
     try:
         packed = packed_of(product.weight, product.block_size, product.double_quant)
         x = product.x.reshape(-1, packed.in_features)
         y = gpu.linear(x, packed, product.bias, EmulatedGPU())
         grad_x = gpu.linear_backward(y, packed, EmulatedGPU())
     finally:
-        gpu.CHUNK_BYTES = before
+        gpu.CHUNK_BYTES, gpu.CHUNK_ROWS = before
     weight = cpu.dequantize(packed, torch.float64)
     bias = 0.0 if product.bias is None else product.bias.double()
     assert (y.shape, y.dtype) == ((x.shape[0], packed.out_features), x.dtype)
@@ -289,12 +291,32 @@ def test_a_product_never_holds_more_than_a_chunk(
 
     monkeypatch.setattr(gpu, "dequantize_rows", watched)
     monkeypatch.setattr(gpu, "CHUNK_BYTES", 1 << 16)
+    monkeypatch.setattr(gpu, "CHUNK_ROWS", 1)
     packed = packed_of(torch.randn(1024, 256), 64, True)
     if product is gpu.linear:
         gpu.linear(torch.randn(2, 256), packed, None, EmulatedGPU())
     else:
         gpu.linear_backward(torch.randn(2, 1024), packed, EmulatedGPU())
     assert sizes == [1 << 16] * 16
+
+
+@given(
+    st.integers(0, 40000),
+    st.sampled_from((1, 63, 576, 1536, 4096, 11008, 16384)),
+    st.sampled_from((32, 64, 4096)),
+    st.sampled_from(OUTPUTS),
+)
+def test_chunks_are_bounded_aligned_and_of_a_large_matrix_never_all(
+    rows: int, columns: int, block_size: int, dtype: torch.dtype
+) -> None:
+    packed = cpu.Packed(*[torch.empty(0)] * 5, rows, columns, block_size)
+    chunk = gpu.chunk_rows(packed, dtype)
+    least = math.lcm(gpu.row_step(packed), gpu.CHUNK_ROWS)
+    assert chunk % least == 0
+    held = min(chunk, rows) * columns * dtype.itemsize
+    assert held <= gpu.CHUNK_BYTES or chunk == least
+    if rows * columns * dtype.itemsize > gpu.WHOLE_BYTES and rows > least:
+        assert chunk < rows
 
 
 def test_autocast_does_not_change_what_a_product_computes_in() -> None:

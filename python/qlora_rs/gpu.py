@@ -3,9 +3,9 @@
 Every function takes tensors of one device and the `launcher` that starts kernels there. Tests pass
 one that executes the kernels' PTX without a GPU, so all of this file runs in them.
 
-Products decode some rows of the weight at a time, `CHUNK_BYTES` at most (but at least the rows
-between two that begin a block), and multiply those with torch's matmul. Sums are float32 within a
-chunk. Forward, a chunk holds whole sums; backward, dX is rounded to its dtype once per chunk.
+Products decode some rows of the weight at a time, `CHUNK_BYTES` at most (but at least
+`CHUNK_ROWS`), and multiply those with torch's matmul. Sums are float32 within a chunk. Forward, a
+chunk holds whole sums; backward, dX is rounded to its dtype once per chunk.
 """
 
 from __future__ import annotations
@@ -22,8 +22,14 @@ from qlora_rs.errors import QloraError
 from qlora_rs.kernels import Launcher
 
 NESTED_BLOCK = 256
-# Decoded weights that a product holds at any one time; they stay in the L2 cache of large GPUs.
-CHUNK_BYTES = 16 << 20
+# Decoded weights that a product holds at any one time: at most CHUNK_BYTES, and of a matrix larger
+# than WHOLE_BYTES at most about half. Each chunk is two launches from Python: smaller ones take
+# longer, in a CUDA graph too (cuda/README.md).
+CHUNK_BYTES = 48 << 20
+WHOLE_BYTES = 16 << 20
+# A chunk has a multiple of so many rows: cuBLAS is up to three times as slow where its result does
+# not begin at a multiple of 16 bytes, and its tiles have 128 rows.
+CHUNK_ROWS = 128
 # Sums of mantissas for each exponent of float32, then what was refused: 64 bits each.
 _EXPONENTS = 254
 
@@ -146,6 +152,18 @@ def row_step(packed: Packed) -> int:
     return packed.block_size // math.gcd(packed.block_size, packed.in_features)
 
 
+def chunk_rows(packed: Packed, dtype: torch.dtype) -> int:
+    """How many rows of W a product decodes at a time; all chunks but the last have them."""
+    row_bytes = packed.in_features * dtype.itemsize
+    total = packed.out_features * row_bytes
+    chunks = max(-(-total // CHUNK_BYTES), 2 if total > WHOLE_BYTES else 1)
+    step = math.lcm(row_step(packed), CHUNK_ROWS)
+    rows = -(-packed.out_features // (chunks * step)) * step
+    if rows > step and rows * row_bytes > CHUNK_BYTES:
+        rows -= step
+    return max(rows, step)
+
+
 def dequantize(packed: Packed, dtype: torch.dtype, launcher: Launcher = kernels.launch) -> Tensor:
     """The dense matrix [out, in]."""
     packed = _ready(packed)
@@ -156,9 +174,7 @@ def _chunks(
     packed: Packed, dtype: torch.dtype, launcher: Launcher
 ) -> Iterator[tuple[slice, Tensor]]:
     """Runs of output features and their rows of W, decoded; let go of one before the next."""
-    step = row_step(packed)
-    row_bytes = max(packed.in_features * dtype.itemsize, 1)
-    rows = max(CHUNK_BYTES // row_bytes // step, 1) * step
+    rows = chunk_rows(packed, dtype)
     for start in range(0, packed.out_features, rows):
         end = min(start + rows, packed.out_features)
         yield slice(start, end), dequantize_rows(packed, start, end, dtype, launcher)

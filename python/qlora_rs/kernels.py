@@ -225,7 +225,7 @@ def _start(launch: Launch, index: int, arguments: tuple[Tensor | int | None, ...
     )
     first = ctypes.addressof(values)
     addresses = (ctypes.c_void_p * count)(*range(first, first + 8 * count, 8))
-    stream = torch.cuda.current_stream(index).cuda_stream
+    stream = torch._C._cuda_getCurrentRawStream(index)
     size = (launch.grid, 1, 1, launch.block, 1, 1)
     driver.launchKernel(function.ptr, *size, 0, stream, ctypes.addressof(addresses), 0)
 
