@@ -46,14 +46,14 @@ use strip::{ROWS, Strip};
 /// How long the solver tries.
 #[derive(Clone, Copy, Debug)]
 pub struct Effort {
-    /// At most so many passes of coordinate descent from each start.
+    /// At most so many passes of coordinate descent from the solution given.
+    pub given: usize,
+    /// At most so many from error feedback, and in the end.
     pub sweeps: usize,
     /// A strip is done when a pass changes less than this share of its codes.
     pub tolerance: f32,
     /// Whether error feedback is a start too, not only the solution given.
     pub feedback: bool,
-    /// Error feedback starts so often again from the scales found so far.
-    pub rounds: usize,
     /// Sweeps at a falling temperature before the last descent.
     pub anneal: usize,
 }
@@ -195,8 +195,8 @@ fn solve_strip(
     });
     let mut best = nearest.clone();
     let mut best_objectives = start;
-    let mut settle = |mut strip: Strip| {
-        descent::descend(kernels, &mut strip, grid, curvature, problem.effort);
+    let mut settle = |mut strip: Strip, sweeps: usize| {
+        descent::descend(kernels, &mut strip, grid, curvature, Effort { sweeps, ..problem.effort });
         let end = strip.objectives(kernels, curvature);
         for row in 0..ROWS {
             if end[row] < best_objectives[row] {
@@ -206,17 +206,17 @@ fn solve_strip(
         }
         (best.clone(), best_objectives)
     };
-    let (mut found, mut reached) = settle(nearest);
+    let (mut found, mut reached) = match problem.effort.given {
+        0 => (nearest, start),
+        sweeps => settle(nearest, sweeps),
+    };
+    let sweeps = problem.effort.sweeps;
     if let Some(ahead) = ahead {
-        (found, reached) = settle(ahead);
-    }
-    for _ in 0..problem.effort.rounds {
-        feedback::round(kernels, &mut found, curvature);
-        (found, reached) = settle(found);
+        (found, reached) = settle(ahead, sweeps);
     }
     if problem.effort.anneal > 0 {
         descent::anneal(kernels, &mut found, grid, curvature, &reached, problem.effort.anneal);
-        settle(found);
+        settle(found, sweeps);
     }
     let pairs = start.into_iter().zip(best_objectives);
     for (out, (before, after)) in objectives.chunks_exact_mut(2).zip(pairs) {

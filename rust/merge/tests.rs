@@ -85,7 +85,7 @@ fn solve_coupled(
         target,
         nearest,
         curvature: Curvature::new(&p.order, &p.hessian, &p.factor, columns, block_size),
-        effort: Effort { sweeps: 8, tolerance: 0.0, feedback: true, rounds: 1, anneal: 4 },
+        effort: Effort { given: 8, sweeps: 8, tolerance: 0.0, feedback: true, anneal: 4 },
     };
     let (mut out, mut scales) = (vec![0; codes.len()], vec![0.0; absmax.len()]);
     let mut objectives = vec![0.0; 2 * rows];
@@ -342,7 +342,7 @@ fn a_coupling_of_other_rows_or_of_no_gradients_is_refused() {
         target: &target,
         nearest,
         curvature: Curvature::new(&p.order, &p.hessian, &p.factor, columns, block_size),
-        effort: Effort { sweeps: 1, tolerance: 0.0, feedback: false, rounds: 0, anneal: 0 },
+        effort: Effort { given: 1, sweeps: 1, tolerance: 0.0, feedback: false, anneal: 0 },
     };
     let refused = |first: usize, rows: usize, moment: &[f32]| {
         let (mut out, mut scales) = (vec![0; codes.len()], vec![0.0; absmax.len()]);

@@ -85,10 +85,10 @@ pub fn merge_calibrate(
     shape: (usize, usize),
     block_size: usize,
     curvature: (Capsule<'_>, Capsule<'_>, Capsule<'_>),
+    given: usize,
     sweeps: usize,
     tolerance: f32,
     feedback: bool,
-    rounds: usize,
     anneal: usize,
     codes: &Capsule<'_>,
     absmax: &Capsule<'_>,
@@ -104,7 +104,7 @@ pub fn merge_calibrate(
         target: target.slice()?,
         nearest: packed.matrix(shape, block_size)?,
         curvature: Curvature::new(order.slice()?, hessian.slice()?, factor.slice()?, shape.1, block_size),
-        effort: Effort { sweeps, tolerance, feedback, rounds, anneal },
+        effort: Effort { given, sweeps, tolerance, feedback, anneal },
     };
     let mut codes = Argument::new("codes", codes)?;
     let mut absmax = Argument::new("absmax", absmax)?;

@@ -15,7 +15,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from qlora_rs.merging.solve import Coupling, shrink
+from qlora_rs.merging.shrinkage import shrink
+from qlora_rs.merging.solve import Coupling
 from qlora_rs.merging.statistics import Gram
 
 # Rows of one F, at most, a multiple of the solver's 48: wider layers have several, which bounds the
@@ -53,8 +54,8 @@ class OutputMoment:
             piece.add(gradients[:, start : start + PIECE])
 
     def couplings(self) -> list[Coupling]:
-        """F of each piece, of mean diagonal one, drawn towards it (`solve.shrink`); none where no
-        gradient came or one was not finite."""
+        """F of each piece, of mean diagonal one, drawn towards it (`shrinkage.shrink`); none where
+        no gradient came or one was not finite."""
         found: list[Coupling] = []
         if not self.pieces:
             return found

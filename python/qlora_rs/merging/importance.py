@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from qlora_rs.merging.evaluate import logits_of, scored
-from qlora_rs.merging.solve import shrink
+from qlora_rs.merging.shrinkage import draw_in, shrink
 from qlora_rs.merging.statistics import Batch, Gram, Moment, hooks_on
 from qlora_rs.merging.unbiased import RETURNED
 
@@ -76,7 +76,7 @@ def mixed(group: Moment, settings: MethodSettings) -> Tensor:
     def shrunk(second_moment: Tensor, tokens: int) -> Tensor:
         return shrink(second_moment, tokens) if settings.shrunk else second_moment
 
-    plain = shrunk(group.mean(), group.tokens)
+    plain = draw_in(group.mean(), group.tokens) if settings.shrunk else group.mean()
     if group.excess is not None:
         plain.add_(group.excess.sum(), alpha=1.0 / group.tokens)
     if group.weighted is None:
@@ -108,7 +108,7 @@ def _pass(
         return after
 
     def count(place: int, name: str, grad: Tensor) -> None:
-        weight = grad.float().square().sum(-1)
+        weight = torch.linalg.vector_norm(grad, dim=-1, dtype=torch.float32).square()
         weights[place] = weights[place] + weight if place in weights else weight
         if name in portion[place].outputs:
             portion[place].outputs[name].add(grad)
@@ -122,12 +122,14 @@ def _pass(
     after = {m.module: look(i, m.name) for i, group in enumerate(portion) for m in group.layers}
     with hooks_on({first: start}), hooks_on(after, after=True):
         logits = logits_of(model, batch)[:, :-1][mask]
-        # What is not finite here is refused by name when H is taken.
-        if not (logits.requires_grad and torch.isfinite(logits).all()):
+        if not logits.requires_grad:
             return
         with torch.no_grad():
             gradient = logits.detach().float().softmax(-1)
             drawn = _draw(gradient, generator)
+            # What is not finite here is refused by name when H is taken.
+            if drawn is None:
+                return
             gradient.scatter_add_(1, drawn, torch.full_like(drawn, -1.0, dtype=torch.float32))
         logits.backward(gradient.to(logits.dtype))
     for place, weight in weights.items():
@@ -140,10 +142,12 @@ def _pass(
         group.weighted_tokens += int(weight.count_nonzero())
 
 
-def _draw(probabilities: Tensor, generator: torch.Generator) -> Tensor:
+def _draw(probabilities: Tensor, generator: torch.Generator) -> Tensor | None:
     """One index [rows, 1] of each row of [rows, n], by inverting the distribution: a single random
-    number per row, where `torch.multinomial` takes one per entry."""
+    number per row, where `torch.multinomial` takes one per entry. None where a row holds NaN."""
     reached = probabilities.cumsum(-1)
+    if reached[:, -1].isnan().any():
+        return None
     uniform = torch.rand(reached.shape[0], 1, generator=generator)
     drawn = torch.searchsorted(reached, uniform * reached[:, -1:], right=True)
     return drawn.clamp_(max=reached.shape[1] - 1)

@@ -21,15 +21,13 @@ from qlora_rs.quantize import PackedWeight, quantize
 
 METHODS = ("nearest", "calibrated", "distilled")
 # Of the solver's settings: layers that another revision finished are not mixed with new ones.
-REVISION = 6
+REVISION = 7
 DAMPING = 3e-4  # of the mean diagonal of H
 SWEEPS = 8
 TOLERANCE = 1e-3
-ROUNDS = 0
 ANNEAL = 20
-FEWEST_SWEEPS, MOST_SWEEPS = 12, 35  # of annealing, where the number of tokens is known
-SWEEPS_PER_TOKEN = 1.25
-SHRINKAGE, MOST_SHRINKAGE = 2.0, 0.5
+FEWEST_SWEEPS, MOST_SWEEPS = 10, 28  # of annealing, where the number of tokens is known
+SWEEPS_PER_TOKEN = 1.0
 OUTPUT_DAMPING = 0.01  # of the mean diagonal of F
 
 
@@ -208,30 +206,11 @@ class Coupling:
         return self.moment.shape[0]
 
 
-def shrink(second_moment: Tensor, tokens: int) -> Tensor:
-    """H estimated from `tokens` rows, drawn towards its diagonal, in place.
-
-    Of n rows, sample correlations of K inputs carry K / n of noise, to which a solver that may
-    choose every code would fit its errors. Drawing the off-diagonal towards zero by twice that
-    share (at most by half) is a shrinkage estimator in the manner of Ledoit and Wolf (2004): more
-    error on the calibration text, less on other text, the more so the wider the layer.
-
-    >>> shrink(torch.tensor([[2.0, 1.0], [1.0, 2.0]]), tokens=40)
-    tensor([[2.0000, 0.9000],
-            [0.9000, 2.0000]])
-    """
-    columns = second_moment.shape[0]
-    share = min(MOST_SHRINKAGE, SHRINKAGE * columns / max(tokens, 1))
-    diagonal = second_moment.diagonal().clone()
-    second_moment.mul_(1.0 - share).diagonal().copy_(diagonal)
-    return second_moment
-
-
 def anneal_sweeps(tokens: int, columns: int) -> int:
-    """A little more sweeps than there are tokens per input: what is known of H pays for no more.
+    """As many sweeps as there are tokens per input: what is known of H pays for no more.
 
     >>> anneal_sweeps(tokens=12_000, columns=576)
-    26
+    20
     """
     return min(max(int(SWEEPS_PER_TOKEN * tokens / columns), FEWEST_SWEEPS), MOST_SWEEPS)
 
@@ -240,9 +219,9 @@ def calibrate(
     target: Tensor,
     nearest: PackedWeight,
     curvature: Curvature,
+    given: int = SWEEPS,
     sweeps: int = SWEEPS,
     tolerance: float = TOLERANCE,
-    rounds: int = ROUNDS,
     anneal: int = ANNEAL,
     couplings: list[Coupling] | None = None,
     feedback: bool = True,
@@ -250,9 +229,10 @@ def calibrate(
     """Codes and scales for `target` [out, in], never worse than `nearest` in any row of
     tr(E H Eᵀ), E = target - result and H the damped one.
 
-    feedback: start from error feedback (GPTQ) too; without it `nearest`, which may be any solution
-    on the grid, is the only start. couplings: F of all rows, piece by piece; then rows make up for
-    each other's errors, which is better in tr(F E H Eᵀ) and may be worse in some row.
+    given, sweeps: passes of descent, at most, from `nearest`, which may be any solution on the
+    grid, and from later ones. feedback: start from error feedback (GPTQ) too. couplings: F of all
+    rows, piece by piece; then rows make up for each other's errors, which is better in
+    tr(F E H Eᵀ) and may be worse in some row.
     """
     codes, absmax = torch.empty_like(nearest.codes), torch.empty_like(nearest.absmax)
     pieces: list[Coupling | None] = [*couplings] if couplings else [None]
@@ -266,10 +246,10 @@ def calibrate(
             (nearest.shape[0], nearest.shape[1]),
             nearest.block_size,
             (to_dlpack(curvature.order), to_dlpack(curvature.hessian), to_dlpack(curvature.factor)),
+            given,
             sweeps,
             tolerance,
             feedback,
-            rounds,
             anneal,
             to_dlpack(codes),
             to_dlpack(absmax),

@@ -149,7 +149,7 @@ def beyond(rows: Tensor) -> tuple[Tensor, Tensor]:
             [ 0.,  2.],
             [ 0., 20.]]), tensor([[ 0.0000, 45.8258]]))
     """
-    squares = rows.float().square().sum(-1)
+    squares = torch.linalg.vector_norm(rows, dim=-1, dtype=torch.float32).square()
     limit = LARGEST * squares.median()
     over = squares > limit
     if not (limit > 0.0 and over.any()):

@@ -27,8 +27,29 @@ from qlora_rs.quantize import PackedWeight
 RETURNED = 0.12
 # Of the quick solution: it has lost what the final one would lose, nearly.
 FIRST_SWEEPS = 4
+# Passes of descent from it, before annealing leaves it anyway.
+AGAIN = 2
 # A layer whose error comes nearer to plain rounding's than this share is solved without.
 MOST_RATIO = 0.85
+
+
+class Reading:
+    """What an adapter reads: the rows of lora_a [r, in] in the metric H [in, in]."""
+
+    def __init__(self, lora_a: Tensor, second_moment: Tensor) -> None:
+        self.rows = lora_a.double()
+        self.read = self.rows @ second_moment.double()
+        self.gram = self.read @ self.rows.t()
+        # Directions that no input shows have nothing to give back.
+        self.inverse = torch.linalg.pinv(self.gram, rtol=1e-7, hermitian=True)
+
+    def shares(self, matrix: Tensor) -> Tensor:
+        """The projection of matrix [out, in], as shares [out, r] of the rows."""
+        return (matrix.double() @ self.read.t()) @ self.inverse
+
+    def size(self, shares: Tensor) -> float:
+        """Its effect on the outputs, root mean square."""
+        return max(float(((shares @ self.gram) * shares).sum()), 0.0) ** 0.5
 
 
 def missing(error: Tensor, lora_a: Tensor, second_moment: Tensor) -> Tensor:
@@ -39,11 +60,8 @@ def missing(error: Tensor, lora_a: Tensor, second_moment: Tensor) -> Tensor:
     >>> torch.allclose(missing(error @ a, a, torch.eye(8)), error @ a, atol=1e-4)
     True
     """
-    read = lora_a.double() @ second_moment.double()
-    gram = read @ lora_a.double().t()
-    # Directions that no input shows have nothing to give back.
-    shares = (error.double() @ read.t()) @ torch.linalg.pinv(gram, rtol=1e-7, hermitian=True)
-    return (shares @ lora_a.double()).float()
+    reading = Reading(lora_a, second_moment)
+    return (reading.shares(error) @ reading.rows).float()
 
 
 def calibrate_unbiased(
@@ -68,17 +86,19 @@ def calibrate_unbiased(
     wanted, start = target, nearest
     if lora_a is not None and returned > 0.0:
         first = calibrate(
-            target, nearest, curvature, sweeps=FIRST_SWEEPS, anneal=0, couplings=couplings
+            target, nearest, curvature, 0, FIRST_SWEEPS, anneal=0, couplings=couplings
         )
-        lost = missing(target - first.dequantize(torch.float32), lora_a, second_moment)
-        own = max(energy(update, second_moment), 1e-30)
-        size = (max(energy(lost, second_moment), 0.0) / own) ** 0.5
-        if torch.isfinite(lost).all() and size > 0.0:
-            wanted, start = target + lost * min(1.0, returned / size), first
+        reading = Reading(lora_a, second_moment)
+        shares = reading.shares(target - first.dequantize(torch.float32))
+        size = reading.size(shares) / max(reading.size(reading.shares(update)), 1e-15)
+        if 0.0 < size < float("inf"):
+            lost = (shares * min(1.0, returned / size)) @ reading.rows
+            wanted, start = target + lost.float(), first
     result = calibrate(
         wanted,
         start,
         curvature,
+        given=solve.SWEEPS if start is nearest else AGAIN,
         anneal=anneal,
         couplings=couplings,
         feedback=start is nearest,
