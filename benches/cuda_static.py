@@ -64,13 +64,20 @@ class Variant(NamedTuple):
 
 
 def variants() -> list[Variant]:
-    """The kernels for blocks of 64 with double quantization in each dtype, and the largest one."""
+    """The kernels for blocks of 64 with double quantization, and that of the largest block."""
     dtypes = {"bf16": torch.bfloat16, "f16": torch.float16, "f32": torch.float32}
     return [
         *(
             Variant(f"{make.__name__} {name}", make(LAYER, dtype, 64, True))
             for make in (kernels.quantize_nf4, kernels.dequantize_nf4)
             for name, dtype in dtypes.items()
+        ),
+        *(
+            Variant(
+                f"few_rows_nf4 bf16 {rows}",
+                kernels.few_rows_nf4(rows, 4096, torch.bfloat16, 64, True),
+            )
+            for rows in kernels.FEW_ROWS_TILES
         ),
         # The block that a thread holds most of: 128 weights.
         Variant("quantize_nf4 f32 4096", kernels.quantize_nf4(LAYER, torch.float32, 4096, True)),

@@ -144,7 +144,7 @@ def measure_linear() -> Table:
     )  # fmt: skip
     for size in SIZES[:2]:
         made = layers(size, sets_beyond_cache(size[0] * size[1] // 2))
-        for rows in (1, 8, 32, 128, 512, 4096):
+        for rows in (1, 2, 4, 8, 32, 128, 512, 4096):
             x = torch.randn(rows, size[1], device=GPU, dtype=torch.bfloat16)
             with torch.no_grad():
                 exact = peers.exact_product(x, made["ours"][0].packed)

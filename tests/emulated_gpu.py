@@ -20,8 +20,13 @@ from qlora_rs import kernels
 from qlora_rs.kernels import Launch
 
 # The parameters that a kernel writes, by position: those it fills, and those it adds to.
-FILLED = {"quantize_nf4": (2, 3), "double_quantize": (4, 5, 6), "dequantize_nf4": (7,)}
-ADDED_TO = {"quantize_nf4": (4, 5), "double_quantize": (), "dequantize_nf4": ()}
+FILLED = {
+    "quantize_nf4": (2, 3),
+    "double_quantize": (4, 5, 6),
+    "dequantize_nf4": (7,),
+    "few_rows_nf4": (13,),
+}
+ADDED_TO = {"quantize_nf4": (4, 5)}
 
 # Orders in which a GPU may run warps, lanes and blocks.
 SCHEDULES = ("ascending", "descending", "ahead", *(f"random:{seed}" for seed in range(5)))
@@ -71,7 +76,7 @@ class EmulatedGPU:
             array = as_array(argument)
             if position in FILLED[launch.kernel]:
                 array = output(array)
-            elif position in ADDED_TO[launch.kernel]:
+            elif position in ADDED_TO.get(launch.kernel, ()):
                 array = inout(array)
             if not isinstance(array, np.ndarray):
                 written.append(argument)

@@ -235,15 +235,15 @@ TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 4e-3, tor
 def test_products_by_chunks_are_the_dense_products(
     product: strategies.Product, chunk_bytes: int
 ) -> None:
-    before = gpu.CHUNK_BYTES, gpu.CHUNK_ROWS
-    gpu.CHUNK_BYTES, gpu.CHUNK_ROWS = chunk_bytes, 1
+    before = gpu.CHUNK_BYTES, gpu.CHUNK_ROWS, gpu.FEW_ROWS
+    gpu.CHUNK_BYTES, gpu.CHUNK_ROWS, gpu.FEW_ROWS = chunk_bytes, 1, 0
     try:
         packed = packed_of(product.weight, product.block_size, product.double_quant)
         x = product.x.reshape(-1, packed.in_features)
         y = gpu.linear(x, packed, product.bias, EmulatedGPU())
         grad_x = gpu.linear_backward(y, packed, EmulatedGPU())
     finally:
-        gpu.CHUNK_BYTES, gpu.CHUNK_ROWS = before
+        gpu.CHUNK_BYTES, gpu.CHUNK_ROWS, gpu.FEW_ROWS = before
     weight = cpu.dequantize(packed, torch.float64)
     bias = 0.0 if product.bias is None else product.bias.double()
     assert (y.shape, y.dtype) == ((x.shape[0], packed.out_features), x.dtype)
@@ -292,6 +292,7 @@ def test_a_product_never_holds_more_than_a_chunk(
     monkeypatch.setattr(gpu, "dequantize_rows", watched)
     monkeypatch.setattr(gpu, "CHUNK_BYTES", 1 << 16)
     monkeypatch.setattr(gpu, "CHUNK_ROWS", 1)
+    monkeypatch.setattr(gpu, "FEW_ROWS", 0)
     packed = packed_of(torch.randn(1024, 256), 64, True)
     if product is gpu.linear:
         gpu.linear(torch.randn(2, 256), packed, None, EmulatedGPU())

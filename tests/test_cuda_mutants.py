@@ -16,6 +16,7 @@ from emulated_gpu import EmulatedGPU, sums_of_mantissas
 from ptx_emulator import Refusal
 from torch import Tensor
 
+import qlora_rs
 from qlora_rs import cpu, gpu, kernels
 from qlora_rs.cpu import Packed
 
@@ -43,6 +44,10 @@ def double(name: str, old: str, new: str, found_by: str = BYTES) -> Mutant:
 
 def dequantize(name: str, old: str, new: str, found_by: str = BYTES) -> Mutant:
     return Mutant("dequantize_nf4", name, old, new, found_by)
+
+
+def few_rows(name: str, old: str, new: str, found_by: str = BYTES) -> Mutant:
+    return Mutant("few_rows_nf4", name, old, new, found_by)
 
 
 SYNC = "    __syncthreads();\n"
@@ -174,6 +179,54 @@ MUTANTS = (
         "",
         "out-of-bounds",
     ),
+    few_rows("no barrier after the tables", f"#endif\n{SYNC}", "#endif\n", "race"),
+    few_rows("nibbles swapped", "(j % 2 ? 0 : 4)) & 15u", "(j % 2 ? 4 : 0)) & 15u"),
+    few_rows(
+        "fused multiply-add of the absmax",
+        "__fadd_rn(__fmul_rn(map[absmax[block]], nested), offset)",
+        "__fmaf_rn(map[absmax[block]], nested, offset)",
+    ),
+    few_rows("the first group for all", "nested_absmax[block / NESTED_BLOCK]", "nested_absmax[0]"),
+    few_rows(
+        "a step loads beyond the columns",
+        "min(step + u * STEP, columns - LANE)",
+        "step + u * STEP",
+        "out-of-bounds",
+    ),
+    few_rows(
+        "lanes beyond the columns work",
+        "if (column >= columns) break;",
+        "",
+        "out-of-bounds",
+    ),
+    few_rows(
+        "rows beyond the last are read",
+        "x + min(static_cast<long long>(m), rows - 1) * columns",
+        "x + m * columns",
+        "out-of-bounds",
+    ),
+    few_rows("rows beyond the last are written", "if (row < rows && ", "if (", "out-of-bounds"),
+    few_rows(
+        "features beyond the last are written",
+        "row < rows && feature < features",
+        "row < rows",
+        "out-of-bounds",
+    ),
+    few_rows(
+        "features beyond the last are read",
+        "min(first + i, features - 1) * columns",
+        "(first + i) * columns",
+        "out-of-bounds",
+    ),
+    few_rows("half of the sum's shuffles", "distance = 16;", "distance = 8;"),
+    few_rows(
+        "a mask without half of the warp",
+        "__shfl_xor_sync(0xffffffffu",
+        "__shfl_xor_sync(0x0000ffffu",
+        "collective",
+    ),
+    few_rows("half of the rank", "r < rank; r += 32", "r < rank; r += 64"),
+    few_rows("another row's bias", "widen(bias[feature])", "widen(bias[first])"),
 )
 
 
@@ -221,6 +274,8 @@ def checked(kernel: str) -> str | None:
     """How a wrong kernel shows, or None if it does not."""
     device = EmulatedGPU()
     try:
+        if kernel == "few_rows_nf4":
+            return check_products(device)
         for (weight, block_size), parts in zip(weights(), expected(), strict=True):
             if kernel != "dequantize_nf4":
                 found = gpu.quantize(weight, block_size, True, device)
@@ -262,7 +317,31 @@ def check_rows(packed: Packed, device: EmulatedGPU) -> str | None:
     return None if torch.equal(found, cpu.dequantize(packed, torch.float32)[step:]) else BYTES
 
 
-@pytest.mark.parametrize("kernel", ["quantize_nf4", "double_quantize", "dequantize_nf4"])
+def check_products(device: EmulatedGPU) -> str | None:
+    """Single weights, picked by a one in x, to the bit; and whole products."""
+    generator = torch.Generator().manual_seed(0)
+    for rows, features in ((1, 67), (3, 67), (7, 13)):
+        weight = torch.randn(features, 320, generator=generator)
+        packed = Packed(*qlora_rs.quantize(weight).arguments())
+        picked = torch.eye(320)[torch.randperm(320, generator=generator)[:rows]]
+        values = cpu.dequantize(packed, torch.float32)
+        if not torch.equal(gpu.linear(picked, packed, None, device), picked @ values.t()):
+            return BYTES
+        x, bias, lora_a, lora_b = (
+            torch.randn(shape, generator=generator)
+            for shape in ((rows, 320), (features,), (40, 320), (features, 40))
+        )
+        low_rank = cpu.LowRank(lora_a, lora_b, 1.0)
+        found, hidden = gpu.lora_linear(x, packed, low_rank, bias, device)
+        exact = x.double() @ values.double().t() + hidden.double() @ lora_b.double().t() + bias
+        if not torch.allclose(found.double(), exact, rtol=0, atol=1e-5 * float(exact.abs().max())):
+            return BYTES
+    return None
+
+
+@pytest.mark.parametrize(
+    "kernel", ["quantize_nf4", "double_quantize", "dequantize_nf4", "few_rows_nf4"]
+)
 def test_the_kernels_themselves_pass(kernel: str) -> None:
     assert checked(kernel) is None
 

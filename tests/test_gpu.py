@@ -108,6 +108,21 @@ def test_a_graph_captures_quantizing_and_replays_it() -> None:
     assert bool(packed.dequantize()[3, :64].isnan().any())
 
 
+@pytest.mark.parametrize("rows", [1, 2, 3, 8, 21, 32, 33])
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_products_of_few_rows_are_those_of_float64(dtype: torch.dtype, rows: int) -> None:
+    packed = qlora_rs.quantize(torch.randn(1000, 1088, device=GPU))
+    x, bias, lora_a, lora_b = (
+        torch.randn(shape, device=GPU).to(dtype)
+        for shape in ((rows, 1088), (1000,), (40, 1088), (1000, 40))
+    )
+    y = qlora_rs.lora_linear(x, packed, lora_a, lora_b, 0.5, bias).double()
+    exact = x.double() @ packed.dequantize(torch.float64).t() + bias.double()
+    exact += 0.5 * x.double() @ lora_a.double().t() @ lora_b.double().t()
+    tolerance = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.5e-2}[dtype]
+    assert float((y - exact).abs().max() / exact.abs().max()) < tolerance
+
+
 def test_a_graph_captures_decoding_and_products_and_replays_them() -> None:
     packed = qlora_rs.quantize(torch.randn(256, 512, device=GPU))
     x = torch.randn(8, 512, device=GPU)

@@ -5,11 +5,13 @@ and one that decodes blocks of at most 128 KiB into the cache (many rows). Neith
 dequantized matrix (README, "Laws"). float64 exists for gradient checks and goes through torch,
 one tile of weights at a time.
 
-All functions take contiguous two-dimensional tensors on the CPU; `ops.py` brings them there.
+All functions take contiguous tensors on the CPU, activations [..., features]; `ops.py` brings them
+there.
 """
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -108,17 +110,22 @@ def _multiply(
     bias: Tensor | None = None,
     out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """activations times Wᵀ (or W, backward) plus the low-rank part plus bias.
+    """activations [..., depth] times Wᵀ (or W, backward) plus the low-rank part plus bias.
 
     Also returns the bottleneck's activations [rows, r], scaling included; of no meaning without an
     adapter.
     """
-    features = packed.in_features if backward else packed.out_features
-    rows, dtype = activations.shape[0], activations.dtype
+    features, depth = packed.out_features, packed.in_features
+    if backward:
+        features, depth = depth, features
+    shape, dtype = activations.shape, activations.dtype
+    rows = activations.numel() // depth if depth else math.prod(shape[:-1])
     if out is None:
-        out = torch.empty((rows, features), dtype=dtype)
+        out = torch.empty((*shape[:-1], features), dtype=dtype)
     if dtype == torch.float64:
-        return _multiply_float64(backward, activations, packed, low_rank, bias, out)
+        flat = activations.reshape(rows, depth), out.view(rows, features)
+        _, hidden = _multiply_float64(backward, flat[0], packed, low_rank, bias, flat[1])
+        return out, hidden
     if low_rank is None:
         hidden, adapter = out, None
     else:
@@ -149,7 +156,8 @@ def plain(tensor: Tensor) -> Tensor:
 
 def _factor(matrix: Tensor, dtype: torch.dtype) -> Tensor:
     """A or B as Rust reads it; a capsule of a temporary copy keeps the copy alive."""
-    matrix = plain(matrix)
+    if not matrix.is_contiguous() or matrix.is_neg():
+        matrix = plain(matrix)
     return matrix.to(dtype) if matrix.dtype == torch.float64 else matrix
 
 
@@ -180,26 +188,26 @@ def _multiply_float64(
 
 
 def linear(x: Tensor, packed: Packed, bias: Tensor | None, out: Tensor | None = None) -> Tensor:
-    """y [rows, out] = x [rows, in] Wᵀ + bias, in `out` if given."""
+    """y [..., out] = x [..., in] Wᵀ + bias, in `out` if given."""
     return _multiply(False, x, packed, bias=bias, out=out)[0]
 
 
 def linear_backward(grad: Tensor, packed: Packed, out: Tensor | None = None) -> Tensor:
-    """dX [rows, in] = dY [rows, out] W, from the same bytes: no transposed copy."""
+    """dX [..., in] = dY [..., out] W, from the same bytes: no transposed copy."""
     return _multiply(True, grad, packed, out=out)[0]
 
 
 def lora_linear(
     x: Tensor, packed: Packed, low_rank: LowRank, bias: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """y = x Wᵀ + hidden Bᵀ + bias and hidden = scaling x Aᵀ, in one pass over x and y."""
+    """y = x Wᵀ + hidden Bᵀ + bias and hidden [rows, r] = scaling x Aᵀ, in one pass over x and y."""
     return _multiply(False, x, packed, low_rank, bias)
 
 
 def lora_linear_backward(
     grad: Tensor, x: Tensor, hidden: Tensor, packed: Packed, low_rank: LowRank, needs_x: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """dX = dY W + g A with g = scaling dY B; dA = gᵀ x; dB = dYᵀ hidden.
+    """dX = dY W + g A with g = scaling dY B; dA = gᵀ x; dB = dYᵀ hidden, for x and dY [rows, ...].
 
     Without `needs_x`, dX is empty.
     """

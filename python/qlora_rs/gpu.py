@@ -3,9 +3,11 @@
 Every function takes tensors of one device and the `launcher` that starts kernels there. Tests pass
 one that executes the kernels' PTX without a GPU, so all of this file runs in them.
 
-Products decode some rows of the weight at a time, `CHUNK_BYTES` at most (but at least
-`CHUNK_ROWS`), and multiply those with torch's matmul. Sums are float32 within a chunk. Forward, a
-chunk holds whole sums; backward, dX is rounded to its dtype once per chunk.
+Products of few rows of activations run in one kernel, which decodes in registers and adds an
+adapter's share (`cuda/few_rows_nf4.cu`). Others decode some rows of the weight at a time,
+`CHUNK_BYTES` at most (but at least `CHUNK_ROWS`), and multiply those with torch's matmul. Sums are
+float32 within a chunk. Forward, a chunk holds whole sums; backward, dX is rounded to its dtype once
+per chunk.
 """
 
 from __future__ import annotations
@@ -30,6 +32,9 @@ WHOLE_BYTES = 16 << 20
 # A chunk has a multiple of so many rows: cuBLAS is up to three times as slow where its result does
 # not begin at a multiple of 16 bytes, and its tiles have 128 rows.
 CHUNK_ROWS = 128
+# Products of so many rows of activations at most decode in registers, where every row of W begins a
+# block; with more, whole chunks are faster (measured: cuda/README.md).
+FEW_ROWS = max(kernels.FEW_ROWS_TILES)
 # Sums of mantissas for each exponent of float32, then what was refused: 64 bits each.
 _EXPONENTS = 254
 
@@ -180,11 +185,51 @@ def _chunks(
         yield slice(start, end), dequantize_rows(packed, start, end, dtype, launcher)
 
 
+def _suits_few_rows(x: Tensor, packed: Packed) -> bool:
+    return (
+        0 < x.shape[0] <= FEW_ROWS
+        and x.dtype != torch.float64
+        and packed.out_features > 0
+        and packed.in_features > 0
+        and packed.in_features % packed.block_size == 0
+    )
+
+
+def _few_rows(
+    x: Tensor,
+    packed: Packed,
+    bias: Tensor | None,
+    launcher: Launcher,
+    hidden: Tensor | None = None,
+    lora_b: Tensor | None = None,
+) -> Tensor:
+    """y = x Wᵀ + hidden lora_bᵀ + bias in one launch; parts that are `_ready`."""
+    (rows, columns), features = x.shape, packed.out_features
+    nested = packed.nested_absmax is not None
+    y = x.new_empty((rows, features))
+    launcher(
+        kernels.few_rows_nf4(rows, features, x.dtype, packed.block_size, nested),
+        *packed[:5],
+        _aligned(x, 16),
+        rows,
+        features,
+        columns,
+        bias,
+        hidden,
+        lora_b,
+        0 if hidden is None else hidden.shape[1],
+        y,
+    )
+    return y
+
+
 def linear(
     x: Tensor, packed: Packed, bias: Tensor | None, launcher: Launcher = kernels.launch
 ) -> Tensor:
     """y [rows, out] = x [rows, in] Wᵀ + bias."""
     packed = _ready(packed)
+    if _suits_few_rows(x, packed):
+        return _few_rows(x, packed, bias, launcher)
     y = x.new_empty((x.shape[0], packed.out_features))
     for features, weight in _chunks(packed, x.dtype, launcher):
         if bias is None:
@@ -223,9 +268,14 @@ def lora_linear(
     launcher: Launcher = kernels.launch,
 ) -> tuple[Tensor, Tensor]:
     """y = x Wᵀ + hidden Bᵀ + bias and hidden = scaling x Aᵀ."""
+    lora_a, lora_b = (matrix.to(x.dtype) for matrix in low_rank[:2])
+    if _suits_few_rows(x, packed):
+        hidden = _product(x, lora_a.t()).mul_(low_rank.scaling)
+        packed, lora_b = _ready(packed), lora_b.detach().contiguous()
+        return _few_rows(x, packed, bias, launcher, hidden, lora_b), hidden
     y = linear(x, packed, bias, launcher)
-    hidden = _product(x, low_rank.lora_a.to(x.dtype).t()).mul_(low_rank.scaling)
-    return y.addmm_(hidden, low_rank.lora_b.to(x.dtype).t()), hidden
+    hidden = _product(x, lora_a.t()).mul_(low_rank.scaling)
+    return y.addmm_(hidden, lora_b.t()), hidden
 
 
 def lora_linear_backward(

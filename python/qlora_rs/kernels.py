@@ -30,6 +30,8 @@ THREADS = 256
 # all multiprocessors; both are multiples of every block size.
 TILES = (1 << 13, 1 << 15)
 LARGE_MATRIX = 1 << 24
+# By rows of x that a warp multiplies: rows of W per warp, and steps loaded ahead; measured (H100).
+FEW_ROWS_TILES = {1: (1, 8), 2: (1, 8), 4: (2, 8), 8: (2, 4)}
 # A warp each.
 NESTED_GROUPS_PER_CTA = THREADS // 32
 # The kernels convert with instructions of compute capability 8.0 (A100 and newer).
@@ -109,6 +111,28 @@ def dequantize_nf4(count: int, dtype: torch.dtype, block_size: int, double_quant
         ("DOUBLE_QUANT", str(int(double_quant))),
     )
     return Launch("dequantize_nf4", constants, -(-count // tile))
+
+
+@functools.lru_cache(1024)
+def few_rows_nf4(
+    rows: int, features: int, dtype: torch.dtype, block_size: int, double_quant: bool
+) -> Launch:
+    """`cuda/few_rows_nf4.cu` for x [rows, in], 8 rows at most, and W [features, in].
+
+    >>> few_rows_nf4(1, 4096, torch.bfloat16, 64, True).grid
+    512
+    """
+    at_once = next(size for size in FEW_ROWS_TILES if size >= rows)
+    outputs, unroll = FEW_ROWS_TILES[at_once]
+    constants = (
+        ("FLOAT", _FLOATS[dtype]),
+        ("BLOCK_SIZE", str(block_size)),
+        ("ROWS", str(at_once)),
+        ("OUTPUTS", str(outputs)),
+        ("UNROLL", str(unroll)),
+        ("DOUBLE_QUANT", str(int(double_quant))),
+    )
+    return Launch("few_rows_nf4", constants, -(-features // (THREADS // 32 * outputs)))
 
 
 def _text(name: str) -> str:

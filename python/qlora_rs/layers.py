@@ -33,6 +33,8 @@ def _frozen(tensor: Tensor | None) -> nn.Parameter | None:
 
 
 def _autocast(x: Tensor) -> bool:
+    if x.is_cpu:
+        return torch.is_autocast_enabled("cpu")
     # The meta device knows no autocast, and asking is an error there.
     return x.device.type != "meta" and torch.is_autocast_enabled(x.device.type)
 
@@ -263,9 +265,15 @@ class QLoRALinear(NF4Linear):
             hidden = dropped @ self.lora_A.to(inputs.dtype).t()
             y = base + hidden @ self.lora_B.to(inputs.dtype).t() * self.scaling
         else:
-            adapter = (self.lora_A, self.lora_B, self.scaling)
-            y = autograd.lora_linear(inputs, *self._arguments(), *adapter, bias)
+            y = autograd.lora_linear(inputs, *self._arguments(), *self._adapter(), bias)
         return self._outputs(y, x)
+
+    def _adapter(self) -> tuple[Tensor, Tensor, float]:
+        held = self._parameters  # as in _arguments
+        lora_a, lora_b = held.get("lora_A"), held.get("lora_B")
+        if lora_a is None or lora_b is None:
+            lora_a, lora_b = self.lora_A, self.lora_B
+        return lora_a, lora_b, self.scaling
 
     def without_adapter(self) -> NF4Linear:
         """The base layer, sharing this layer's packed memory."""

@@ -133,7 +133,21 @@ def check_rank(rank: int) -> None:
 
 def check_lora(lora_a: Tensor, lora_b: Tensor, packed: Packed) -> None:
     """Refuse adapter matrices that do not fit the weight."""
-    rank = lora_a.shape[0] if lora_a.dim() == 2 else -1
+    rank = lora_a.size(0) if lora_a.dim() == 2 else -1
+    # The usual case by the cheapest questions, as above.
+    if (
+        rank > 0
+        and lora_b.dim() == 2
+        and lora_b.size(1) == rank
+        and lora_b.size(0) == packed.out_features
+        and lora_a.size(1) == packed.in_features
+        and lora_a.dtype in FLOATS
+        and lora_b.dtype in FLOATS
+        and lora_a.is_cpu
+        and lora_b.is_cpu
+        and packed.codes.is_cpu
+    ):
+        return
     expected = ((rank, packed.in_features), (packed.out_features, rank))
     if (lora_a.shape, lora_b.shape) != expected:
         raise QloraError(
@@ -213,10 +227,12 @@ def linear(x: Tensor, *arguments: Any) -> Tensor:
     """The operator's kernel; see `functional.linear`."""
     packed, (bias,) = Packed(*arguments[:8]), arguments[8:]
     check_activations("x", x, packed[5:7], packed.codes, bias)
-    _check_bias(bias, packed.out_features)
-    bias = None if bias is None else cpu.plain(bias)
-    y = _compute(x).linear(_rows(x), packed, bias)
-    return _shaped(y, x)
+    if bias is not None:
+        _check_bias(bias, packed.out_features)
+        bias = cpu.plain(bias)
+    if x.is_cuda:
+        return _shaped(gpu.linear(_rows(x), packed, bias), x)
+    return cpu.linear(cpu.plain(x), packed, bias)
 
 
 @torch.library.register_fake("qlora_rs::linear")
@@ -231,8 +247,9 @@ def linear_backward(grad: Tensor, *arguments: Any) -> Tensor:
     """The operator's kernel: dX [..., in] = dY [..., out] W."""
     packed = Packed(*arguments)
     check_activations("grad", grad, packed[6:4:-1], packed.codes)
-    grad_x = _compute(grad).linear_backward(_rows(grad), packed)
-    return _shaped(grad_x, grad)
+    if grad.is_cuda:
+        return _shaped(gpu.linear_backward(_rows(grad), packed), grad)
+    return cpu.linear_backward(cpu.plain(grad), packed)
 
 
 @torch.library.register_fake("qlora_rs::linear_backward")
@@ -247,11 +264,14 @@ def lora_linear(x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
     packed, (lora_a, lora_b, scaling, bias) = Packed(*arguments[:8]), arguments[8:]
     check_activations("x", x, packed[5:7], packed.codes, bias)
     check_lora(lora_a, lora_b, packed)
-    _check_bias(bias, packed.out_features)
-    bias = None if bias is None else cpu.plain(bias)
+    if bias is not None:
+        _check_bias(bias, packed.out_features)
+        bias = cpu.plain(bias)
     low_rank = LowRank(lora_a, lora_b, scaling)
-    y, hidden = _compute(x).lora_linear(_rows(x), packed, low_rank, bias)
-    return _shaped(y, x), hidden
+    if x.is_cuda:
+        y, hidden = gpu.lora_linear(_rows(x), packed, low_rank, bias)
+        return _shaped(y, x), hidden
+    return cpu.lora_linear(cpu.plain(x), packed, low_rank, bias)
 
 
 @torch.library.register_fake("qlora_rs::lora_linear")

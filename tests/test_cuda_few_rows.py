@@ -1,0 +1,126 @@
+"""cuda/few_rows_nf4.cu without a GPU: products of few rows against float64, and what may not show.
+
+Planted bugs are in `test_cuda_mutants.py`.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from emulated_gpu import SCHEDULES, EmulatedGPU
+from hypothesis import given
+from hypothesis import strategies as st
+from same_bytes import assert_same_bytes
+from strategies import FLOATS
+from torch import Tensor
+
+import qlora_rs
+from qlora_rs import cpu, gpu
+from qlora_rs.cpu import LowRank, Packed
+
+# Of the largest result; x, bias and factors are exact in all of these types.
+TOLERANCE = {torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
+
+
+def packed_of(features: int, columns: int, block_size: int = 64, double: bool = True) -> Packed:
+    weight = torch.randn(features, columns)
+    return Packed(*qlora_rs.quantize(weight, block_size, double).arguments())
+
+
+class Watched(EmulatedGPU):
+    """Keeps the kernels' names."""
+
+    def __init__(self, *arguments: object) -> None:
+        super().__init__(*arguments)
+        self.kernels: list[str] = []
+
+    def __call__(self, launch: object, *arguments: object) -> None:
+        self.kernels.append(launch.kernel)
+        super().__call__(launch, *arguments)
+
+
+@given(
+    rows=st.integers(1, 8),
+    features=st.integers(1, 70),
+    blocks=st.integers(1, 9),
+    block_size=st.sampled_from((32, 64, 128, 512)),
+    rank=st.sampled_from((0, 1, 5, 32, 40)),
+    dtype=st.sampled_from(FLOATS),
+    double_quant=st.booleans(),
+    with_bias=st.booleans(),
+)
+def test_products_are_those_of_float64(
+    rows: int,
+    features: int,
+    blocks: int,
+    block_size: int,
+    rank: int,
+    dtype: torch.dtype,
+    double_quant: bool,
+    with_bias: bool,
+) -> None:
+    columns = blocks * block_size
+    packed = packed_of(features, columns, block_size, double_quant)
+    x, bias = torch.randn(rows, columns).to(dtype), torch.randn(features).to(dtype)
+    device = Watched()
+    exact = x.double() @ cpu.dequantize(packed, torch.float64).t()
+    if with_bias:
+        exact += bias.double()
+    if rank:
+        low_rank = LowRank(torch.randn(rank, columns), torch.randn(features, rank), 0.25)
+        found, hidden = gpu.lora_linear(x, packed, low_rank, bias if with_bias else None, device)
+        exact += hidden.double() @ low_rank.lora_b.to(dtype).double().t()
+    else:
+        found = gpu.linear(x, packed, bias if with_bias else None, device)
+    assert device.kernels == ["few_rows_nf4"]
+    assert (found.shape, found.dtype) == ((rows, features), dtype)
+    largest = float(exact.abs().max())
+    assert float((found.double() - exact).abs().max()) <= TOLERANCE[dtype] * largest
+
+
+def test_no_order_of_warps_lanes_and_blocks_shows() -> None:
+    packed, x = packed_of(37, 576), torch.randn(5, 576)
+    low_rank = LowRank(torch.randn(16, 576), torch.randn(37, 16), 2.0)
+    results = [
+        gpu.lora_linear(x, packed, low_rank, None, EmulatedGPU(schedule))[0]
+        for schedule in SCHEDULES
+    ]
+    for found in results[1:]:
+        assert_same_bytes(found, results[0])
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_a_row_has_the_same_bytes_whatever_rows_are_beside_it(dtype: torch.dtype) -> None:
+    packed, x = packed_of(19, 320), torch.randn(8, 320).to(dtype)
+    together = gpu.linear(x, packed, None, EmulatedGPU())
+    for count in range(1, 8):
+        found = gpu.linear(x[:count], packed, None, EmulatedGPU())
+        assert_same_bytes(found, together[:count])
+
+
+@pytest.mark.parametrize(
+    ("rows", "columns", "dtype"),
+    [(9, 128, torch.float32), (2, 100, torch.float32), (2, 128, torch.float64)],
+    ids=["many rows", "blocks across rows", "float64"],
+)
+def test_what_does_not_suit_is_decoded_by_chunks(
+    rows: int, columns: int, dtype: torch.dtype
+) -> None:
+    packed, device = packed_of(6, columns), Watched()
+    gpu.linear(torch.randn(rows, columns, dtype=dtype), packed, None, device)
+    assert device.kernels == ["dequantize_nf4"]
+
+
+@pytest.mark.parametrize("shape", [(0, 128), (2, 0)], ids=["no rows", "no columns"])
+def test_empty_products(shape: tuple[int, int]) -> None:
+    bias = torch.randn(6)
+    found = gpu.linear(torch.randn(shape), packed_of(6, shape[1]), bias, EmulatedGPU())
+    assert torch.equal(found, bias.expand(shape[0], 6))
+
+
+def test_x_at_an_odd_address_is_copied() -> None:
+    packed = packed_of(5, 128)
+    storage = torch.randn(2 * 128 + 1)
+    x: Tensor = storage[1:].view(2, 128)
+    aligned = gpu.linear(x.clone(), packed, None, EmulatedGPU())
+    assert_same_bytes(gpu.linear(x, packed, None, EmulatedGPU()), aligned)
