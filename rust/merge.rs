@@ -10,9 +10,9 @@
 //! Curvature  H, damped, and its factor U             curvature.rs, cholesky.rs
 //! Grid       the scales that the format can hold     grid.rs
 //! Strip      48 rows of W, a vector lane per row     strip.rs
-//!   nearest    start 1: plain rounding               strip.rs
-//!   feedback   start 2: error feedback (GPTQ)        feedback.rs
-//!   descend    coordinate descent from both          descent.rs
+//!   nearest    the start that is given               strip.rs
+//!   feedback   another: error feedback (GPTQ)        feedback.rs
+//!   descend    coordinate descent from them          descent.rs
 //!   anneal     once more, from a thermal start       descent.rs
 //! coupling   rows that make up for each other      coupling.rs
 //! ```
@@ -177,7 +177,7 @@ fn solve_strips<E: Send>(
     Ok(())
 }
 
-/// All starts, descended; the best end of each row.
+/// The starts that the effort names, descended; the best of each row, the given one among them.
 fn solve_strip(
     kernels: &MergeKernels,
     problem: &Problem<'_>,

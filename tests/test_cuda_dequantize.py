@@ -314,16 +314,17 @@ def test_chunks_are_bounded_aligned_and_of_a_large_matrix_never_all(
     chunk = gpu.chunk_rows(packed, dtype)
     least = math.lcm(gpu.row_step(packed), gpu.CHUNK_ROWS)
     assert chunk % least == 0
-    held = min(chunk, rows) * columns * dtype.itemsize
-    assert held <= gpu.CHUNK_BYTES or chunk == least
-    if rows * columns * dtype.itemsize > gpu.WHOLE_BYTES and rows > least:
+    size = columns * {torch.float64: 8 + 4}.get(dtype, dtype.itemsize)
+    assert min(chunk, rows) * size <= gpu.CHUNK_BYTES or chunk == least
+    if rows * size > gpu.WHOLE_BYTES and rows > least:
         assert chunk < rows
 
 
-def test_autocast_does_not_change_what_a_product_computes_in() -> None:
+@pytest.mark.parametrize("rows", [3, 9], ids=["few rows", "chunks"])
+def test_autocast_does_not_change_what_a_product_computes_in(rows: int) -> None:
     packed = packed_of(torch.randn(64, 128), 64, True)
     low_rank = cpu.LowRank(torch.randn(4, 128), torch.randn(64, 4), 2.0)
-    x, grad = torch.randn(3, 128), torch.randn(3, 64)
+    x, grad = torch.randn(rows, 128), torch.randn(rows, 64)
     expected = gpu.lora_linear(x, packed, low_rank, None, EmulatedGPU())
     gradients = (x, expected[1], packed, low_rank, True, EmulatedGPU())
     expected += gpu.lora_linear_backward(grad, *gradients)

@@ -124,3 +124,12 @@ def test_x_at_an_odd_address_is_copied() -> None:
     x: Tensor = storage[1:].view(2, 128)
     aligned = gpu.linear(x.clone(), packed, None, EmulatedGPU())
     assert_same_bytes(gpu.linear(x, packed, None, EmulatedGPU()), aligned)
+
+
+def test_factors_that_are_views_are_read_as_what_they_mean() -> None:
+    packed, x = packed_of(6, 128), torch.randn(2, 128)
+    lora_a, lora_b = torch.randn(3, 128), torch.randn(6, 3)
+    expected, _ = gpu.lora_linear(x, packed, LowRank(lora_a, -lora_b, 0.5), None, EmulatedGPU())
+    for view in (torch._neg_view(lora_b), (-lora_b).t().contiguous().t()):
+        found, _ = gpu.lora_linear(x, packed, LowRank(lora_a, view, 0.5), None, EmulatedGPU())
+        assert_same_bytes(found, expected)

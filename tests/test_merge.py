@@ -111,6 +111,23 @@ def test_the_result_is_locally_optimal_in_every_code() -> None:
                 assert other @ h @ other >= least * (1 - 1e-5)
 
 
+def test_starts_are_those_asked_for_and_no_row_gets_worse() -> None:
+    packed, lora_a, lora_b, inputs = problem()
+    target = packed.dequantize(torch.float32) + lora_b @ lora_a
+    nearest = solve.quantize_like(packed, target)
+    h = inputs.t() @ inputs / inputs.shape[0]
+    curvature = solve.Curvature.of(h, 64)
+    untouched = solve.calibrate(target, nearest, curvature, 0, 4, anneal=0, feedback=False)
+    assert same_bytes(untouched, nearest)
+    found = solve.calibrate(target, nearest, curvature, 0, 4, anneal=0)
+    before, after = (
+        ((error @ h) * error).sum(1)
+        for error in (target - p.dequantize(torch.float32) for p in (nearest, found))
+    )
+    assert bool((after <= before * 1.001).all())
+    assert float(after.sum()) < 0.9 * float(before.sum())
+
+
 def test_the_same_bytes_for_any_number_of_threads(torch_threads: object) -> None:
     packed, a, b, _ = problem(200, 256)
     results = []

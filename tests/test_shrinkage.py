@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from qlora_rs.merging.shrinkage import BEND, KEPT, RAISED, draw_in, shrink
+from qlora_rs.merging.statistics import beyond, squared_lengths
 
 
 def sample(population: Tensor, tokens: int, seed: int = 0) -> Tensor:
@@ -70,3 +71,13 @@ def test_neither_changes_what_it_is_given_but_where_it_says_so() -> None:
     draw_in(h, 200)
     assert torch.equal(h, before)
     assert shrink(h, 200) is h
+
+
+def test_lengths_and_what_is_beyond_for_every_dtype() -> None:
+    rows = torch.tensor([[1.0, 0.0], [0.0, 2.0], [0.0, 50.0]])
+    for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
+        assert squared_lengths(rows.to(dtype)).tolist() == [1.0, 4.0, 2500.0]
+        cut, rest = beyond(rows.to(dtype))
+        assert cut.dtype == dtype
+        second_moment = cut.float().t() @ cut.float() + rest.t() @ rest
+        torch.testing.assert_close(second_moment, rows.t() @ rows, rtol=1e-2, atol=1e-2)

@@ -18,7 +18,7 @@ def linear(x: Tensor, packed: PackedWeight, bias: Tensor | None = None) -> Tenso
     x: [..., in], float32, float16, bfloat16 (or float64, slowly, for gradient checks), any strides.
     bias: [out] in x's dtype. Returns [..., out] in x's dtype. Gradients flow to x and bias.
     Products are summed in float32 at least; the weight is never held dequantized, only a block of
-    at most 128 KiB of it per thread (on a GPU, 48 MiB altogether).
+    at most 128 KiB of it per thread (on a GPU, 48 MiB or 128 rows altogether).
     Raises QloraError when dtypes, devices or shapes do not fit.
 
     >>> packed = quantize(torch.eye(64))

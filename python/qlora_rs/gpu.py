@@ -5,9 +5,9 @@ one that executes the kernels' PTX without a GPU, so all of this file runs in th
 
 Products of few rows of activations run in one kernel, which decodes in registers and adds an
 adapter's share (`cuda/few_rows_nf4.cu`). Others decode some rows of the weight at a time,
-`CHUNK_BYTES` at most (but at least `CHUNK_ROWS`), and multiply those with torch's matmul. Sums are
-float32 within a chunk. Forward, a chunk holds whole sums; backward, dX is rounded to its dtype once
-per chunk.
+`CHUNK_BYTES` at most (but at least `CHUNK_ROWS`, and the rows between two that begin a block), and
+multiply those with torch's matmul. Sums are float32 within a chunk. Forward, a chunk holds whole
+sums; backward, dX is rounded to its dtype once per chunk.
 """
 
 from __future__ import annotations
@@ -19,21 +19,20 @@ import torch
 from torch import Tensor
 
 from qlora_rs import _rust, kernels
-from qlora_rs.cpu import LowRank, Packed
+from qlora_rs.cpu import LowRank, Packed, plain
 from qlora_rs.errors import QloraError
 from qlora_rs.kernels import Launcher
 
 NESTED_BLOCK = 256
 # Decoded weights that a product holds at any one time: at most CHUNK_BYTES, and of a matrix larger
-# than WHOLE_BYTES at most about half. Each chunk is two launches from Python: smaller ones take
-# longer, in a CUDA graph too (cuda/README.md).
+# than WHOLE_BYTES about half. Each chunk is two launches from Python.
 CHUNK_BYTES = 48 << 20
 WHOLE_BYTES = 16 << 20
-# A chunk has a multiple of so many rows: cuBLAS is up to three times as slow where its result does
-# not begin at a multiple of 16 bytes, and its tiles have 128 rows.
+# A chunk has a multiple of so many rows: cuBLAS wants results that begin at a multiple of 16 bytes,
+# and its tiles have 128 rows.
 CHUNK_ROWS = 128
 # Products of so many rows of activations at most decode in registers, where every row of W begins a
-# block; with more, whole chunks are faster (measured: cuda/README.md).
+# block.
 FEW_ROWS = max(kernels.FEW_ROWS_TILES)
 # Sums of mantissas for each exponent of float32, then what was refused: 64 bits each.
 _EXPONENTS = 254
@@ -159,7 +158,8 @@ def row_step(packed: Packed) -> int:
 
 def chunk_rows(packed: Packed, dtype: torch.dtype) -> int:
     """How many rows of W a product decodes at a time; all chunks but the last have them."""
-    row_bytes = packed.in_features * dtype.itemsize
+    # A float64 chunk stands beside the float32 one that it is made of.
+    row_bytes = packed.in_features * (12 if dtype == torch.float64 else dtype.itemsize)
     total = packed.out_features * row_bytes
     chunks = max(-(-total // CHUNK_BYTES), 2 if total > WHOLE_BYTES else 1)
     step = math.lcm(row_step(packed), CHUNK_ROWS)
@@ -271,8 +271,7 @@ def lora_linear(
     lora_a, lora_b = (matrix.to(x.dtype) for matrix in low_rank[:2])
     if _suits_few_rows(x, packed):
         hidden = _product(x, lora_a.t()).mul_(low_rank.scaling)
-        packed, lora_b = _ready(packed), lora_b.detach().contiguous()
-        return _few_rows(x, packed, bias, launcher, hidden, lora_b), hidden
+        return _few_rows(x, _ready(packed), bias, launcher, hidden, plain(lora_b)), hidden
     y = linear(x, packed, bias, launcher)
     hidden = _product(x, lora_a.t()).mul_(low_rank.scaling)
     return y.addmm_(hidden, lora_b.t()), hidden

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from qlora_rs.merging.evaluate import logits_of, scored
 from qlora_rs.merging.shrinkage import draw_in, shrink
-from qlora_rs.merging.statistics import Batch, Gram, Moment, hooks_on
+from qlora_rs.merging.statistics import Batch, Gram, Moment, hooks_on, squared_lengths
 from qlora_rs.merging.unbiased import RETURNED
 
 
@@ -72,10 +72,6 @@ def weighing(model: nn.Module) -> Callable[[list[Moment], int, Batch], bool]:
 def mixed(group: Moment, settings: MethodSettings) -> Tensor:
     """H of a group for the solver: shrunk, then what a few tokens have beyond the rest, then the
     weighted form mixed in, shrunk too, where there is one; traces are kept."""
-
-    def shrunk(second_moment: Tensor, tokens: int) -> Tensor:
-        return shrink(second_moment, tokens) if settings.shrunk else second_moment
-
     plain = draw_in(group.mean(), group.tokens) if settings.shrunk else group.mean()
     if group.excess is not None:
         plain.add_(group.excess.sum(), alpha=1.0 / group.tokens)
@@ -85,7 +81,8 @@ def mixed(group: Moment, settings: MethodSettings) -> Tensor:
     trace, own = float(plain.trace()), float(weighted.trace())
     if not (0.0 < own < float("inf")) or not torch.isfinite(weighted).all():
         return plain
-    weighted = shrunk(weighted, group.weighted_tokens)
+    if settings.shrunk:
+        weighted = shrink(weighted, group.weighted_tokens)
     return plain.mul_(1.0 - WEIGHTED_SHARE).add_(weighted, alpha=WEIGHTED_SHARE * trace / own)
 
 
@@ -108,7 +105,7 @@ def _pass(
         return after
 
     def count(place: int, name: str, grad: Tensor) -> None:
-        weight = torch.linalg.vector_norm(grad, dim=-1, dtype=torch.float32).square()
+        weight = squared_lengths(grad)
         weights[place] = weights[place] + weight if place in weights else weight
         if name in portion[place].outputs:
             portion[place].outputs[name].add(grad)

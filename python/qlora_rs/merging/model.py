@@ -255,8 +255,8 @@ class _Job:
                     self.progress("solve", done, len(self.layers))
                     self._keep(layer.name)
                 largest = max(layer.packed.shape.numel() for layer in group.layers)
-                # H and its mean; H, U and the order kept, and the factor in float64; target,
-                # delta, lanes of the strips; F and its factor in float64.
+                # H, its mean and what is made of it, or H, U and the order kept, and the factor in
+                # float64; target, delta, lanes of the strips; F and its factor in float64.
                 working = 4 * (group.columns**2 * 5) + 4 * 5 * largest
                 working += 5 * max((m.nbytes for m in group.outputs.values()), default=0)
                 self.report.extra_bytes = max(self.report.extra_bytes, held + working)

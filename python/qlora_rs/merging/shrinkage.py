@@ -11,7 +11,7 @@ from torch import Tensor
 
 SHRINKAGE, MOST_SHRINKAGE = 2.0, 0.5
 # Of eigenvalues far above BEND, how much is kept; what is added to all, as a share of inputs per
-# token. Chosen by the layers' errors on text that was set aside.
+# token. Chosen by the layers' errors on text that was set aside (`benches/merge_tasks.py`, manual).
 KEPT, BEND, RAISED = 0.6, 10.0, 0.6
 
 
@@ -44,7 +44,7 @@ def draw_in(second_moment: Tensor, tokens: int) -> Tensor:
 
     which is near c^0.9 and needs one inverse instead of a decomposition: the largest give way, the
     smallest, along which a solver would hide its errors, count for more. Columns that are always
-    zero stay so.
+    zero stay so. Memory: two more matrices of H's size meanwhile.
 
     >>> draw_in(torch.tensor([[2.0, 1.0], [1.0, 2.0]]), tokens=40)
     tensor([[1.9722, 0.9313],
@@ -55,7 +55,9 @@ def draw_in(second_moment: Tensor, tokens: int) -> Tensor:
     drawn = second_moment / unit / unit.unsqueeze(1)
     bent = drawn.clone()
     bent.diagonal().add_(BEND)
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(bent))
+    torch.linalg.cholesky(bent, out=bent)
+    inverse = torch.cholesky_inverse(bent)
+    del bent
     # (1 - KEPT) BEND C (C + BEND)⁻¹ = (1 - KEPT) BEND (1 - BEND (C + BEND)⁻¹)
     drawn.mul_(KEPT).sub_(inverse, alpha=(1.0 - KEPT) * BEND**2)
     raised = RAISED * second_moment.shape[0] / max(tokens, 1)

@@ -138,6 +138,13 @@ class Moment:
         return mean
 
 
+def squared_lengths(rows: Tensor) -> Tensor:
+    """‖row‖² of [..., n] in float32, without a float32 copy of 16-bit rows."""
+    if rows.dtype == torch.float64:  # which the norm will not narrow by itself
+        rows = rows.float()
+    return torch.linalg.vector_norm(rows, dim=-1, dtype=torch.float32).square()
+
+
 def beyond(rows: Tensor) -> tuple[Tensor, Tensor]:
     """(rows [n, in] cut down to √`LARGEST` times the median length, what was cut off).
 
@@ -149,7 +156,7 @@ def beyond(rows: Tensor) -> tuple[Tensor, Tensor]:
             [ 0.,  2.],
             [ 0., 20.]]), tensor([[ 0.0000, 45.8258]]))
     """
-    squares = torch.linalg.vector_norm(rows, dim=-1, dtype=torch.float32).square()
+    squares = squared_lengths(rows)
     limit = LARGEST * squares.median()
     over = squares > limit
     if not (limit > 0.0 and over.any()):

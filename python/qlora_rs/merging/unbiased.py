@@ -34,7 +34,13 @@ MOST_RATIO = 0.85
 
 
 class Reading:
-    """What an adapter reads: the rows of lora_a [r, in] in the metric H [in, in]."""
+    """What an adapter reads: the rows of lora_a [r, in] in the metric H [in, in].
+
+    >>> a, error = torch.randn(2, 8), torch.randn(4, 2)
+    >>> reading = Reading(a, torch.eye(8))
+    >>> torch.allclose(reading.part(error @ a), error @ a, atol=1e-4)
+    True
+    """
 
     def __init__(self, lora_a: Tensor, second_moment: Tensor) -> None:
         self.rows = lora_a.double()
@@ -51,17 +57,11 @@ class Reading:
         """Its effect on the outputs, root mean square."""
         return max(float(((shares @ self.gram) * shares).sum()), 0.0) ** 0.5
 
-
-def missing(error: Tensor, lora_a: Tensor, second_moment: Tensor) -> Tensor:
-    """The part of error [out, in] that acts on what the adapter reads: its projection on the rows
-    of lora_a [r, in] in the metric of second_moment [in, in].
-
-    >>> a, error = torch.randn(2, 8), torch.randn(4, 2)
-    >>> torch.allclose(missing(error @ a, a, torch.eye(8)), error @ a, atol=1e-4)
-    True
-    """
-    reading = Reading(lora_a, second_moment)
-    return (reading.shares(error) @ reading.rows).float()
+    def part(self, matrix: Tensor, most: float = float("inf")) -> Tensor:
+        """The projection [out, in] itself, cut down to the size `most`."""
+        shares = self.shares(matrix)
+        size = self.size(shares)
+        return ((shares if size <= most else shares * (most / size)) @ self.rows).float()
 
 
 def calibrate_unbiased(
@@ -89,11 +89,10 @@ def calibrate_unbiased(
             target, nearest, curvature, 0, FIRST_SWEEPS, anneal=0, couplings=couplings
         )
         reading = Reading(lora_a, second_moment)
-        shares = reading.shares(target - first.dequantize(torch.float32))
-        size = reading.size(shares) / max(reading.size(reading.shares(update)), 1e-15)
-        if 0.0 < size < float("inf"):
-            lost = (shares * min(1.0, returned / size)) @ reading.rows
-            wanted, start = target + lost.float(), first
+        own = reading.size(reading.shares(update))
+        lost = reading.part(target - first.dequantize(torch.float32), returned * own)
+        if torch.isfinite(lost).all() and lost.any():
+            wanted, start = target + lost, first
     result = calibrate(
         wanted,
         start,
