@@ -89,7 +89,7 @@ def check_model_path(path: str | Path) -> Path:
                 "model directory with config.json and safetensors weights"
             )
         if importlib.util.find_spec("gguf") is None:
-            raise QloraError('reading .gguf files needs the package gguf: pip install "gguf>=0.10"')
+            raise QloraError('reading .gguf files needs the package gguf: pip install "gguf>=0.17"')
     else:
         raise QloraError(
             f"{path} does not exist; --model takes a local model directory or .gguf file "
