@@ -189,22 +189,22 @@ def test_what_rounding_takes_from_an_update_is_given_back() -> None:
 def test_what_is_missing_is_the_projection_in_the_metric_of_the_inputs() -> None:
     _, lora_a, update, h = with_adapter()
     error = update + torch.randn_like(update) * 1e-3
-    reading = unbiased.Reading(lora_a, h)
-    part = reading.part(error).double().numpy()
+    projection = unbiased.Projection(lora_a, h)
+    part = projection.part(error).double().numpy()
     a, metric = lora_a.double().numpy(), h.double().numpy()
     root = np.linalg.cholesky(metric)
     coefficients = np.linalg.lstsq(root.T @ a.T, root.T @ error.double().numpy().T, rcond=None)[0]
     np.testing.assert_allclose(part, coefficients.T @ a, atol=1e-6)
-    size = reading.size(reading.shares(error))
-    assert size == pytest.approx(solve.energy(reading.part(error), h) ** 0.5, rel=1e-3)
-    np.testing.assert_allclose(reading.part(error, size / 4), part / 4, atol=1e-6)
+    size = projection.size(projection.shares(error))
+    assert size == pytest.approx(solve.energy(projection.part(error), h) ** 0.5, rel=1e-3)
+    np.testing.assert_allclose(projection.part(error, size / 4), part / 4, atol=1e-6)
 
 
 def test_directions_that_no_input_shows_get_nothing() -> None:
     lora_a = torch.eye(8)[:2]
     h = torch.zeros(8, 8)
     h[0, 0] = 1.0
-    part = unbiased.Reading(lora_a, h).part(torch.ones(3, 8))
+    part = unbiased.Projection(lora_a, h).part(torch.ones(3, 8))
     expected = torch.zeros(3, 8)
     expected[:, 0] = 1.0
     assert torch.allclose(part, expected)

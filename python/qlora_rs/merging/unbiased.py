@@ -28,17 +28,16 @@ RETURNED = 0.12
 # Of the quick solution: it has lost what the final one would lose, nearly.
 FIRST_SWEEPS = 4
 # Passes of descent from it, before annealing leaves it anyway.
-AGAIN = 2
+SECOND_SWEEPS = 2
 # A layer whose error comes nearer to plain rounding's than this share is solved without.
 MOST_RATIO = 0.85
 
 
-class Reading:
-    """What an adapter reads: the rows of lora_a [r, in] in the metric H [in, in].
+class Projection:
+    """On what an adapter reads: the rows of lora_a [r, in], in the metric H [in, in].
 
     >>> a, error = torch.randn(2, 8), torch.randn(4, 2)
-    >>> reading = Reading(a, torch.eye(8))
-    >>> torch.allclose(reading.part(error @ a), error @ a, atol=1e-4)
+    >>> torch.allclose(Projection(a, torch.eye(8)).part(error @ a), error @ a, atol=1e-4)
     True
     """
 
@@ -50,7 +49,7 @@ class Reading:
         self.inverse = torch.linalg.pinv(self.gram, rtol=1e-7, hermitian=True)
 
     def shares(self, matrix: Tensor) -> Tensor:
-        """The projection of matrix [out, in], as shares [out, r] of the rows."""
+        """Of matrix [out, in], as shares [out, r] of the rows."""
         return (matrix.double() @ self.read.t()) @ self.inverse
 
     def size(self, shares: Tensor) -> float:
@@ -58,7 +57,7 @@ class Reading:
         return max(float(((shares @ self.gram) * shares).sum()), 0.0) ** 0.5
 
     def part(self, matrix: Tensor, most: float = float("inf")) -> Tensor:
-        """The projection [out, in] itself, cut down to the size `most`."""
+        """The projected matrix [out, in] itself, cut down to the size `most`."""
         shares = self.shares(matrix)
         size = self.size(shares)
         return ((shares if size <= most else shares * (most / size)) @ self.rows).float()
@@ -86,18 +85,24 @@ def calibrate_unbiased(
     wanted, start = target, nearest
     if lora_a is not None and returned > 0.0:
         first = calibrate(
-            target, nearest, curvature, 0, FIRST_SWEEPS, anneal=0, couplings=couplings
+            target,
+            nearest,
+            curvature,
+            given=0,
+            sweeps=FIRST_SWEEPS,
+            anneal=0,
+            couplings=couplings,
         )
-        reading = Reading(lora_a, second_moment)
-        own = reading.size(reading.shares(update))
-        lost = reading.part(target - first.dequantize(torch.float32), returned * own)
+        projection = Projection(lora_a, second_moment)
+        own = projection.size(projection.shares(update))
+        lost = projection.part(target - first.dequantize(torch.float32), returned * own)
         if torch.isfinite(lost).all() and lost.any():
             wanted, start = target + lost, first
     result = calibrate(
         wanted,
         start,
         curvature,
-        given=solve.SWEEPS if start is nearest else AGAIN,
+        given=solve.SWEEPS if start is nearest else SECOND_SWEEPS,
         anneal=anneal,
         couplings=couplings,
         feedback=start is nearest,
