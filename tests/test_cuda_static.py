@@ -31,7 +31,7 @@ def test_the_kernels_of_the_usual_block_fill_the_multiprocessor(
     fresh: list[dict[str, str]],
 ) -> None:
     for row in fresh:
-        # The products hold as many loads and sums as their measured times ask for.
+        # Products hide latency by loads in flight, which take the registers of warps.
         if row["kernel"] != "quantize_nf4 f32 4096" and "few_rows" not in row["kernel"]:
             resident, most = row["warps_of"].split("/")
             assert resident == most, row

@@ -123,9 +123,8 @@ def _multiply(
     if out is None:
         out = torch.empty((*shape[:-1], features), dtype=dtype)
     if dtype == torch.float64:
-        flat = activations.reshape(rows, depth), out.view(rows, features)
-        _, hidden = _multiply_float64(backward, flat[0], packed, low_rank, bias, flat[1])
-        return out, hidden
+        x, y = activations.view(rows, depth), out.view(rows, features)
+        return out, _multiply_float64(backward, x, packed, low_rank, bias, y)
     if low_rank is None:
         hidden, adapter = out, None
     else:
@@ -168,7 +167,8 @@ def _multiply_float64(
     low_rank: LowRank | None,
     bias: Tensor | None,
     out: Tensor,
-) -> tuple[Tensor, Tensor]:
+) -> Tensor:
+    """Write to out, all in two dimensions; return the bottleneck's activations."""
     rows, columns = packed.out_features, packed.in_features
     step = max(TILE_WEIGHTS // max(columns if not backward else rows, 1), 1)
     for start in range(0, out.shape[1], step):
@@ -184,7 +184,9 @@ def _multiply_float64(
         first, second = (b, a) if backward else (a.t(), b.t())
         hidden = (activations @ first).mul_(low_rank.scaling)
         out.addmm_(hidden, second)
-    return (out if bias is None else out.add_(bias)), hidden
+    if bias is not None:
+        out.add_(bias)
+    return hidden
 
 
 def linear(x: Tensor, packed: Packed, bias: Tensor | None, out: Tensor | None = None) -> Tensor:

@@ -159,14 +159,13 @@ def row_step(packed: Packed) -> int:
 def chunk_rows(packed: Packed, dtype: torch.dtype) -> int:
     """How many rows of W a product decodes at a time; all chunks but the last have them."""
     # A float64 chunk stands beside the float32 one that it is made of.
-    row_bytes = packed.in_features * (12 if dtype == torch.float64 else dtype.itemsize)
+    row_bytes = max(packed.in_features, 1) * (12 if dtype == torch.float64 else dtype.itemsize)
     total = packed.out_features * row_bytes
     chunks = max(-(-total // CHUNK_BYTES), 2 if total > WHOLE_BYTES else 1)
     step = math.lcm(row_step(packed), CHUNK_ROWS)
-    rows = -(-packed.out_features // (chunks * step)) * step
-    if rows > step and rows * row_bytes > CHUNK_BYTES:
-        rows -= step
-    return max(rows, step)
+    even = -(-packed.out_features // (chunks * step)) * step
+    most = CHUNK_BYTES // row_bytes // step * step
+    return max(min(even, most), step)
 
 
 def dequantize(packed: Packed, dtype: torch.dtype, launcher: Launcher = kernels.launch) -> Tensor:

@@ -108,13 +108,16 @@ class NF4Linear(nn.Linear):
         """The dense weight [out, in]; see `PackedWeight.dequantize`."""
         return self.packed.dequantize(dtype)
 
-    def _arguments(self) -> tuple:
+    def _tensors(self, *names: str) -> tuple:
         try:
             # Past nn.Module's search for attributes, which takes longer than some products.
             held = self._parameters
-            tensors = tuple([held[name] for name in ("weight", *_STATISTICS)])
+            return tuple([held[name] for name in names])
         except KeyError:  # somebody keeps a parameter elsewhere (parametrizations do)
-            tensors = tuple(getattr(self, name) for name in ("weight", *_STATISTICS))
+            return tuple(getattr(self, name) for name in names)
+
+    def _arguments(self) -> tuple:
+        tensors = self._tensors("weight", *_STATISTICS)
         return (*tensors, self.out_features, self.in_features, self.block_size)
 
     def inputs(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -265,15 +268,9 @@ class QLoRALinear(NF4Linear):
             hidden = dropped @ self.lora_A.to(inputs.dtype).t()
             y = base + hidden @ self.lora_B.to(inputs.dtype).t() * self.scaling
         else:
-            y = autograd.lora_linear(inputs, *self._arguments(), *self._adapter(), bias)
+            adapter = (*self._tensors("lora_A", "lora_B"), self.scaling)
+            y = autograd.lora_linear(inputs, *self._arguments(), *adapter, bias)
         return self._outputs(y, x)
-
-    def _adapter(self) -> tuple[Tensor, Tensor, float]:
-        held = self._parameters  # as in _arguments
-        lora_a, lora_b = held.get("lora_A"), held.get("lora_B")
-        if lora_a is None or lora_b is None:
-            lora_a, lora_b = self.lora_A, self.lora_B
-        return lora_a, lora_b, self.scaling
 
     def without_adapter(self) -> NF4Linear:
         """The base layer, sharing this layer's packed memory."""
