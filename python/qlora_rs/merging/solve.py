@@ -27,7 +27,6 @@ SWEEPS = 8
 TOLERANCE = 1e-3
 ANNEAL = 20
 FEWEST_SWEEPS, MOST_SWEEPS = 10, 28  # of annealing, where the number of tokens is known
-SWEEPS_PER_TOKEN = 1.0
 OUTPUT_DAMPING = 0.01  # of the mean diagonal of F
 
 
@@ -212,7 +211,7 @@ def anneal_sweeps(tokens: int, columns: int) -> int:
     >>> anneal_sweeps(tokens=12_000, columns=576)
     20
     """
-    return min(max(int(SWEEPS_PER_TOKEN * tokens / columns), FEWEST_SWEEPS), MOST_SWEEPS)
+    return min(max(tokens // columns, FEWEST_SWEEPS), MOST_SWEEPS)
 
 
 def calibrate(
