@@ -4,6 +4,7 @@ use crate::gemm::tile::{PANEL, Tile};
 use crate::simd::Kernels;
 use half::slice::HalfFloatSliceExt;
 use half::{bf16, f16};
+use std::ops::Range;
 
 /// A float that the format reads and writes: f32, f16 or bf16.
 pub trait Element: Copy + Default + Send + Sync + 'static {
@@ -79,6 +80,21 @@ impl Floats<'_> {
             Floats::F16(values) => f16::widen(kernels, &values[range], out),
             Floats::Bf16(values) => bf16::widen(kernels, &values[range], out),
         }
+    }
+
+    /// The values in `range` as f32: themselves, or converted into `scratch`, which is as long at least.
+    pub fn widened<'a>(
+        &'a self,
+        kernels: &Kernels,
+        range: Range<usize>,
+        scratch: &'a mut [f32],
+    ) -> &'a [f32] {
+        if let Floats::F32(values) = self {
+            return &values[range];
+        }
+        let scratch = &mut scratch[..range.len()];
+        self.widen(kernels, range.start, scratch);
+        scratch
     }
 
     /// Write the values from `first` on as bf16, rounded to nearest, ties to even.

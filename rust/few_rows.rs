@@ -3,12 +3,14 @@
 //! Rows of W are cut into strips, one unit of parallel work each. The bound is memory: about half a
 //! byte per weight, read once. Many rows of x: see `gemm.rs`.
 
-use crate::element::{Element, Floats};
+mod low_rank;
+
+use crate::element::Element;
 use crate::error::Error;
 use crate::gemm::Product;
 use crate::memory::Scratch;
 use crate::packed_matrix::PackedMatrix;
-use crate::parallel::{self, Columns};
+use crate::parallel::{self, ColumnRange, Columns};
 use crate::simd::{ABSMAX_PADDING, FewRowsBf16, Kernels, PREPARED_MULTIPLE, Strip};
 use half::bf16;
 use std::ops::Range;
@@ -19,12 +21,6 @@ const STRIP_ROWS: usize = 16;
 
 /// Rows of a strip, at most.
 const LONGEST_STRIP: usize = 48;
-
-/// Fewer multiplications than this are not worth a second thread.
-const SMALL_PRODUCT: usize = 1 << 15;
-
-/// Tokens whose activations are held widened at a time.
-const WIDENED_TOKENS: usize = 8;
 
 /// Activations in the form that the chosen kernel reads.
 enum Prepared {
@@ -54,18 +50,16 @@ pub fn write<T: Element>(
     if *tokens == 0 {
         return Ok(());
     }
-    write_hidden(product, kernels, hidden, threads);
+    low_rank::write_hidden(product, kernels, hidden, threads);
     let fused = matrix.rows_are_aligned() && columns > 0;
     let prepared = prepare(kernels, product.activations, *tokens, matrix, fused);
-    let outer = product.factors().map(|(_, b)| Outer::new(kernels, b.values, hidden, product.rank()));
+    let outer =
+        product.factors().map(|(_, b)| low_rank::Outer::new(kernels, b.values, hidden, product.rank()));
     let y = Columns::new(y, rows);
-    let one_strip = |strip: Range<usize>, next: Range<usize>| {
+    // One strip of a run of rows, whose results start in column `column` of `y`.
+    let one_strip = |strip: Range<usize>, products: &mut [f32], y: &mut ColumnRange<'_, T>, column| {
         let (first, height) = (strip.start, strip.len());
-        if fused {
-            fetch_absmax(matrix, next);
-        }
-        let mut products = Scratch::of::<f32>(height * tokens);
-        let products = &mut products.values_mut()[..height * tokens];
+        let products = &mut products[..height * tokens];
         if fused {
             strip_fused(kernels, &prepared, *tokens, matrix, first, products);
         } else {
@@ -78,21 +72,25 @@ pub fn write<T: Element>(
         if let Some(bias) = bias {
             T::widen(kernels, &bias[first..first + height], &mut addend[..height]);
         }
-        let mut y = y.take(first..first + height);
         let mut sums = [0.0; LONGEST_STRIP];
         for token in 0..*tokens {
             for (i, sum) in sums[..height].iter_mut().enumerate() {
                 *sum = products[i * tokens + token] + addend[i];
             }
-            T::narrow(kernels, &sums[..height], y.row_mut(token, 0, height));
+            T::narrow(kernels, &sums[..height], y.row_mut(token, column, height));
         }
     };
     parallel::for_each(runs(rows, threads), threads, |run| {
         if fused {
             fetch_absmax(matrix, strip_of(&run, run.start));
         }
+        let mut y = y.take(run.clone());
+        let mut products = Scratch::of::<f32>(run.len().min(LONGEST_STRIP) * tokens);
         for first in run.clone().step_by(LONGEST_STRIP) {
-            one_strip(strip_of(&run, first), strip_of(&run, first + LONGEST_STRIP));
+            if fused {
+                fetch_absmax(matrix, strip_of(&run, first + LONGEST_STRIP));
+            }
+            one_strip(strip_of(&run, first), products.values_mut(), &mut y, first - run.start);
         }
     });
     Ok(())
@@ -106,10 +104,13 @@ fn strip_of(run: &Range<usize>, first: usize) -> Range<usize> {
 /// All rows as runs, one unit of parallel work each: long ones first, so that a thread reads memory in
 /// order, then ever shorter ones, so that all threads finish together even if one is slower.
 fn runs(rows: usize, threads: usize) -> Vec<Range<usize>> {
+    let parts = 2 * threads.max(1);
+    // Shorter ones would cost more to hand out than they let threads wait less.
+    let shortest = (rows / parts).next_multiple_of(STRIP_ROWS).clamp(STRIP_ROWS, LONGEST_STRIP);
     let mut runs = Vec::new();
     let mut first = 0;
     while first < rows {
-        let length = ((rows - first) / (2 * threads.max(1))).next_multiple_of(STRIP_ROWS).max(STRIP_ROWS);
+        let length = ((rows - first) / parts).next_multiple_of(STRIP_ROWS).max(shortest);
         runs.push(first..(first + length).min(rows));
         first += length;
     }
@@ -120,57 +121,6 @@ fn runs(rows: usize, threads: usize) -> Vec<Range<usize>> {
 fn fetch_absmax(matrix: &PackedMatrix<'_>, rows: Range<usize>) {
     let blocks = matrix.columns() / matrix.block_size();
     matrix.fetch_absmax(rows.start * blocks..rows.end * blocks);
-}
-
-/// `hidden` [tokens, rank] = scaling x Aᵀ.
-fn write_hidden<T: Element>(product: &Product<'_, T>, kernels: &Kernels, hidden: &mut [T], threads: usize) {
-    let (Some(low_rank), Some((factor, _))) = (product.low_rank, product.factors()) else { return };
-    let (rank, columns) = (low_rank.rank, factor.columns);
-    if columns == 0 {
-        return hidden.fill(T::default());
-    }
-    let threads = if rank * columns * product.tokens < SMALL_PRODUCT { 1 } else { threads };
-    let groups = product.activations.chunks(WIDENED_TOKENS * columns);
-    for (activations, hidden) in groups.zip(hidden.chunks_mut(WIDENED_TOKENS * rank.max(1))) {
-        let mut x = vec![0.0; activations.len()];
-        T::widen(kernels, activations, &mut x);
-        let hidden = Columns::new(hidden, rank);
-        parallel::for_each(0..rank, threads, |row| {
-            let mut wide = vec![0.0; columns];
-            factor.values.widen(kernels, row * columns, &mut wide);
-            let mut column = hidden.take(row..row + 1);
-            for (token, x) in x.chunks_exact(columns).enumerate() {
-                let sum = (kernels.dot)(&wide, x);
-                column.row_mut(token, 0, 1)[0] = T::from_f32(low_rank.scaling * sum);
-            }
-        });
-    }
-}
-
-/// The low-rank part's second product, hidden Bᵀ.
-struct Outer<'a> {
-    hidden: Vec<f32>,
-    factor: Floats<'a>,
-    rank: usize,
-}
-
-impl<'a> Outer<'a> {
-    fn new<T: Element>(kernels: &Kernels, factor: Floats<'a>, hidden: &[T], rank: usize) -> Self {
-        let mut wide = vec![0.0; hidden.len()];
-        T::widen(kernels, hidden, &mut wide);
-        Self { hidden: wide, factor, rank }
-    }
-
-    /// Add B's rows from `first` on times the hidden activations.
-    fn add(&self, kernels: &Kernels, first: usize, tokens: usize, products: &mut [f32]) {
-        let mut rows = vec![0.0; products.len() / tokens * self.rank];
-        self.factor.widen(kernels, first * self.rank, &mut rows);
-        for (row, products) in rows.chunks_exact(self.rank).zip(products.chunks_exact_mut(tokens)) {
-            for (hidden, product) in self.hidden.chunks_exact(self.rank).zip(products) {
-                *product += (kernels.dot)(row, hidden);
-            }
-        }
-    }
 }
 
 fn prepare<T: Element>(
@@ -194,11 +144,12 @@ fn prepare<T: Element>(
         (kernels.prepare)(x, columns, &mut prepared.values_mut()[..tokens * width]);
         return Prepared::Bf16(prepared, kernels);
     }
-    let mut wide = vec![0.0; columns];
+    let mut wide = Scratch::of::<f32>(columns);
+    let wide = &mut wide.values_mut()[..columns];
     let mut prepared = Scratch::of::<f32>(tokens * width);
     for (row, out) in x.chunks_exact(columns).zip(prepared.values_mut().chunks_exact_mut(width)) {
-        T::widen(kernels, row, &mut wide);
-        (kernels.prepare_f32)(&wide, out);
+        T::widen(kernels, row, wide);
+        (kernels.prepare_f32)(wide, out);
     }
     Prepared::F32(prepared)
 }
@@ -215,23 +166,14 @@ fn strip_fused(
     let columns = matrix.columns();
     let blocks = columns / matrix.block_size();
     let height = products.len() / tokens;
-    let padding = if columns.is_multiple_of(PREPARED_MULTIPLE) { 0 } else { ABSMAX_PADDING };
-    let absmax_stride = blocks + padding;
-    let count = height * absmax_stride;
+    let count = height * blocks;
     let mut absmax = Scratch::of::<f32>(count + ABSMAX_PADDING);
     let absmax = &mut absmax.values_mut()[..count + ABSMAX_PADDING];
     absmax[count..].fill(0.0);
-    // All rows at once: what a decoder sets up serves them all. Then apart, the last row first.
-    matrix.decode_absmax(kernels, first * blocks, &mut absmax[..height * blocks]);
-    if padding > 0 {
-        for i in (0..height).rev() {
-            absmax.copy_within(i * blocks..(i + 1) * blocks, i * absmax_stride);
-            absmax[i * absmax_stride + blocks..(i + 1) * absmax_stride].fill(0.0);
-        }
-    }
+    matrix.decode_absmax(kernels, first * blocks, &mut absmax[..count]);
     let codes = &matrix.codes()[first * columns / 2..(first + height) * columns / 2];
     let block_size = matrix.block_size();
-    let strip = Strip { codes, absmax, absmax_stride, columns, block_size, tokens };
+    let strip = Strip { codes, absmax, columns, block_size, tokens };
     let prepared_values = tokens * columns.next_multiple_of(PREPARED_MULTIPLE);
     match prepared {
         Prepared::F32(x) => (kernels.linear_f32)(&x.values()[..prepared_values], &strip, products),
@@ -255,7 +197,8 @@ fn strip_decoded(
     for (i, products) in products.chunks_exact_mut(tokens).enumerate() {
         crate::dequantize::dequantize_run(kernels, matrix, (first + i) * columns, &mut weights);
         for (token, product) in products.iter_mut().enumerate() {
-            *product = (kernels.dot)(&weights, &x[token * columns..][..columns]);
+            let x = &x[token * columns..][..columns];
+            (kernels.matrix_vector)(&weights, x, std::slice::from_mut(product));
         }
     }
 }

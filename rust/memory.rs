@@ -56,8 +56,8 @@ thread_local! {
     static KEPT: RefCell<Vec<Buffer>> = const { RefCell::new(Vec::new()) };
 }
 
-/// A call holds four at a time: activations, scales, weights and sums.
-const MOST_KEPT: usize = 4;
+/// A call holds six at a time: activations, scales, weights, sums, and both factors' parts.
+const MOST_KEPT: usize = 6;
 
 /// Numbers that scratch memory may be seen as.
 ///

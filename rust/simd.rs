@@ -41,11 +41,9 @@ use std::sync::OnceLock;
 pub struct Strip<'a> {
     /// Codes of the strip's rows, `columns / 2` bytes each.
     pub codes: &'a [u8],
-    /// Decoded absmax of the strip's rows, `absmax_stride` values each, and [`ABSMAX_PADDING`] more.
+    /// Decoded absmax of the strip's rows, `columns / block_size` values each, and
+    /// [`ABSMAX_PADDING`] more.
     pub absmax: &'a [f32],
-    /// `columns / block_size`; where a row ends inside a step of [`PREPARED_MULTIPLE`] weights,
-    /// [`ABSMAX_PADDING`] more, which are zero.
-    pub absmax_stride: usize,
     /// Weights per row, a multiple of `block_size`.
     pub columns: usize,
     /// Weights per absmax.
@@ -54,11 +52,34 @@ pub struct Strip<'a> {
     pub tokens: usize,
 }
 
-/// Kernels read absmax in groups of four, so they may look at four past the end of a row.
+/// Kernels read absmax in groups of four, so they may look at four past the end of the last row.
 pub const ABSMAX_PADDING: usize = 4;
 
 /// Prepared rows of activations are padded with zeros to a multiple of this.
 pub const PREPARED_MULTIPLE: usize = 128;
+
+impl Strip<'_> {
+    /// Number of absmax per row.
+    #[inline]
+    #[must_use]
+    pub fn blocks(&self) -> usize {
+        self.columns / self.block_size
+    }
+
+    /// Check what kernels without bounds checks rely on, for `rows` rows and prepared activations of
+    /// `x` values.
+    ///
+    /// # Panics
+    /// When a length is not what the other numbers ask for.
+    #[inline]
+    pub fn check(&self, x: usize, rows: usize, smallest_block: usize) {
+        assert!(x == self.columns.next_multiple_of(PREPARED_MULTIPLE) * self.tokens);
+        assert!(self.codes.len() == rows * self.columns / 2);
+        assert!(self.block_size.is_power_of_two() && self.block_size >= smallest_block);
+        assert!(self.columns.is_multiple_of(self.block_size));
+        assert!(self.absmax.len() >= rows * self.blocks() + ABSMAX_PADDING);
+    }
+}
 
 /// `out[row * tokens + token] = sum over k of x[token, k] * weight[row, k]`, in f32.
 pub type Linear<T> = fn(x: &[T], strip: &Strip<'_>, out: &mut [f32]);
@@ -94,8 +115,8 @@ pub struct Kernels {
     /// The absmax of the blocks from `first` on, `map[code] * absmax of its group + offset` each: the
     /// second level of double quantization.
     pub decode_absmax: fn(nested: &NestedScales<'_>, first: usize, out: &mut [f32]),
-    /// Sum of products of two runs of equal length.
-    pub dot: fn(&[f32], &[f32]) -> f32,
+    /// `out[i]` = the i-th row of `matrix` [out.len(), x.len()] times x.
+    pub matrix_vector: fn(matrix: &[f32], x: &[f32], out: &mut [f32]),
     /// Reorder one row of activations into the order in which `linear_f32` meets the weights; the
     /// output is padded with zeros to [`PREPARED_MULTIPLE`].
     pub prepare_f32: fn(&[f32], &mut [f32]),

@@ -68,7 +68,7 @@ def multiply(
     packed: _Packed,
     shape: tuple[int, int],
     block_size: int,
-    low_rank: tuple[_Capsule, _Capsule, int, float, _Capsule] | None,
+    low_rank: tuple[_Capsule, _Capsule, int, float, _Capsule | None] | None,
     bias: _Capsule | None,
     out: _Capsule,
     threads: int,

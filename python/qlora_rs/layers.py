@@ -13,7 +13,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from qlora_rs import autograd
+from qlora_rs import autograd, shortcut
 from qlora_rs.errors import QloraError
 from qlora_rs.quantize import PackedWeight, quantize
 
@@ -25,7 +25,7 @@ _ENTRIES = (
     "nested_quant_map",
     "quant_state.bitsandbytes__nf4",
 )
-_STATISTICS = ("absmax", "nested_absmax", "nested_offset", "nested_map")
+_STATISTICS = shortcut.PACKED[1:]
 
 
 def _frozen(tensor: Tensor | None) -> nn.Parameter | None:
@@ -68,7 +68,8 @@ class NF4Linear(nn.Linear):
         nn.Module.__init__(self)
         self.out_features, self.in_features = packed.shape
         self.compute_dtype = compute_dtype
-        self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
+        # Registered also where there is none, so that all are found in one place.
+        self.register_parameter("bias", None if bias is None else _frozen(bias.detach()))
         self._set_packed(packed)
 
     @classmethod
@@ -85,7 +86,7 @@ class NF4Linear(nn.Linear):
     def _set_packed(self, packed: PackedWeight) -> None:
         self.weight = nn.Parameter(packed.codes, requires_grad=False)
         for name in _STATISTICS:
-            setattr(self, name, _frozen(getattr(packed, name)))
+            self.register_parameter(name, _frozen(getattr(packed, name)))
         self.weight_dtype = packed.dtype
         self.block_size = packed.block_size
 
@@ -117,7 +118,7 @@ class NF4Linear(nn.Linear):
             return tuple(getattr(self, name) for name in names)
 
     def _arguments(self) -> tuple:
-        tensors = self._tensors("weight", *_STATISTICS)
+        tensors = self._tensors(*shortcut.PACKED)
         return (*tensors, self.out_features, self.in_features, self.block_size)
 
     def inputs(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -132,6 +133,9 @@ class NF4Linear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """x: [..., in] → [..., out] in x's dtype (autocast's, where that is on)."""
+        y = shortcut.product(self, x, None)
+        if y is not None:
+            return y
         inputs, bias = self.inputs(x)
         return self._outputs(autograd.linear(inputs, *self._arguments(), bias), x)
 
@@ -148,13 +152,13 @@ class NF4Linear(nn.Linear):
             moved = fn(tensor)
             return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
 
-        owned = (getattr(self, name) for name in ("weight", *_STATISTICS))
+        owned = (getattr(self, name) for name in shortcut.PACKED)
         statistics = {id(parameter) for parameter in owned if parameter is not None}
         return super()._apply(keep_dtype, recurse)
 
     def _save_to_state_dict(self, destination: dict, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        for name in ("weight", *_STATISTICS):
+        for name in shortcut.PACKED:
             destination.pop(prefix + name, None)
         for key, tensor in self.packed.to_bitsandbytes(prefix + "weight").items():
             destination[key] = tensor if keep_vars else tensor.detach()
@@ -189,7 +193,7 @@ class NF4Linear(nn.Linear):
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, ours, unexpected_keys, error_msgs
         )
-        packed = {prefix + name for name in ("weight", *_STATISTICS)}
+        packed = {prefix + name for name in shortcut.PACKED}
         missing_keys.extend(key for key in ours if key not in packed)
         state_dict.update(entries)
 
@@ -203,7 +207,7 @@ class NF4Linear(nn.Linear):
             self._set_packed(packed)
             return
         new = packed.to(self.weight.device)
-        for name in ("weight", *_STATISTICS):
+        for name in shortcut.PACKED:
             value = new.codes if name == "weight" else getattr(new, name)
             held = getattr(self, name)
             kind = None if value is None else (value.shape, value.dtype)
@@ -261,8 +265,13 @@ class QLoRALinear(NF4Linear):
         """x: [..., in] → [..., out] in x's dtype (autocast's, where that is on)."""
         if not self.adapter_enabled:
             return super().forward(x)
+        drops = self.training and self.dropout > 0.0
+        if not drops:
+            y = shortcut.product(self, x, self.scaling)
+            if y is not None:
+                return y
         inputs, bias = self.inputs(x)
-        if self.training and self.dropout > 0.0:
+        if drops:
             base = autograd.linear(inputs, *self._arguments(), bias)
             dropped = nn.functional.dropout(inputs, self.dropout)
             hidden = dropped @ self.lora_A.to(inputs.dtype).t()

@@ -312,6 +312,13 @@ for _kernel in (linear, linear_backward, lora_linear, lora_linear_backward):
     torch.library.register_kernel(f"qlora_rs::{_kernel.__name__}", ("cpu", "cuda"), _kernel)
 
 
+_compiling = torch.compiler.is_compiling
+_transformed = torch._C._are_functorch_transforms_active
+_dispatch_modes = torch._C._len_torch_dispatch_stack
+_function_modes = torch._C._len_torch_function_stack
+_tracing = torch._C._get_tracing_state
+
+
 def runs_directly(x: Tensor) -> bool:
     """Whether a kernel may be called for x without torch's dispatcher.
 
@@ -320,13 +327,13 @@ def runs_directly(x: Tensor) -> bool:
     tensors that are not what lies in their memory.
     """
     return (
-        not torch.compiler.is_compiling()
+        not _compiling()
         and type(x) in (Tensor, torch.nn.Parameter)
-        and x.device.type in ("cpu", "cuda")
-        and x.layout == torch.strided
+        and (x.is_cpu or x.is_cuda)
+        and x.layout is torch.strided
         and not x.is_neg()
-        and not torch._C._are_functorch_transforms_active()
-        and torch._C._len_torch_dispatch_stack() == 0
-        and torch._C._len_torch_function_stack() == 0
-        and torch._C._get_tracing_state() is None
+        and not _transformed()
+        and _dispatch_modes() == 0
+        and _function_modes() == 0
+        and _tracing() is None
     )

@@ -201,8 +201,9 @@ pub fn dequantize(
     }
 }
 
-/// A low-rank part: A, B, rank, scaling, and where its hidden activations are to be written.
-type LowRankArguments<'py> = (Capsule<'py>, Capsule<'py>, usize, f32, Capsule<'py>);
+/// A low-rank part: A, B, rank, scaling, and where its hidden activations are to be written, if anybody
+/// wants them.
+type LowRankArguments<'py> = (Capsule<'py>, Capsule<'py>, usize, f32, Option<Capsule<'py>>);
 
 /// `tokens` rows of activations times the packed matrix, plus a low-rank part and a bias, into `out`.
 ///
@@ -240,10 +241,17 @@ pub fn multiply(
         mut out: Argument<'_>,
         threads: usize,
     ) -> PyResult<()> {
+        let mut unwanted = Vec::new();
         let (low_rank, hidden) = match &mut operands.low_rank {
             Some(LowRankOperands { a, b, rank, scaling, hidden }) => {
                 let low_rank = LowRank { a: a.floats()?, b: b.floats()?, rank: *rank, scaling: *scaling };
-                (Some(low_rank), hidden.slice_mut::<T>()?)
+                let hidden = if let Some(hidden) = hidden {
+                    hidden.slice_mut::<T>()?
+                } else {
+                    unwanted.resize(operands.tokens * *rank, T::default());
+                    &mut unwanted
+                };
+                (Some(low_rank), hidden)
             }
             None => (None, &mut [][..]),
         };
@@ -319,7 +327,7 @@ struct LowRankOperands<'py> {
     b: Argument<'py>,
     rank: usize,
     scaling: f32,
-    hidden: Argument<'py>,
+    hidden: Option<Argument<'py>>,
 }
 
 impl<'py> LowRankOperands<'py> {
@@ -329,7 +337,7 @@ impl<'py> LowRankOperands<'py> {
             b: Argument::new("lora_b", &b)?,
             rank,
             scaling,
-            hidden: Argument::new("hidden", &hidden)?,
+            hidden: hidden.map(|hidden| Argument::new("hidden", &hidden)).transpose()?,
         })
     }
 }

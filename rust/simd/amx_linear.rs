@@ -6,7 +6,7 @@
 //! registers over whole rows.
 
 use super::amx::Configuration;
-use super::{ABSMAX_PADDING, PREPARED_MULTIPLE, Strip, avx512_gemm};
+use super::{PREPARED_MULTIPLE, Strip, avx512_gemm};
 use crate::codebook::LEVELS;
 use crate::gemm::tile::{SIDE, Tile};
 use half::bf16;
@@ -82,11 +82,8 @@ fn split(values: &[bf16; CHUNK]) -> [__m512i; 2] {
 pub(super) unsafe fn linear(x: &[bf16], strip: &Strip<'_>, out: &mut [f32]) {
     let width = strip.columns.next_multiple_of(PREPARED_MULTIPLE);
     let rows = out.len() / strip.tokens;
-    assert!(x.len() == width * strip.tokens && out.len() == rows * strip.tokens);
-    assert!(strip.codes.len() == rows * strip.columns / 2 && strip.columns.is_multiple_of(CHUNK));
-    assert!(strip.absmax_stride >= strip.columns / strip.block_size);
-    assert!(strip.absmax.len() >= rows * strip.absmax_stride + ABSMAX_PADDING);
-    assert!(strip.block_size.is_power_of_two() && strip.block_size >= CHUNK);
+    assert!(out.len() == rows * strip.tokens);
+    strip.check(x.len(), rows, CHUNK);
     let mut token = 0;
     for pair in x.chunks(2 * TOKENS * width) {
         let (first, second) = pair.split_at(pair.len().min(TOKENS * width));
@@ -134,6 +131,7 @@ unsafe fn sixteen_rows(
     let row_bytes = strip.columns / 2;
     let height = SIDE.min(rows - row);
     let block_shift = strip.block_size.trailing_zeros() - CHUNK.trailing_zeros();
+    let blocks = strip.blocks();
     let mut weights = [[Tile::ZERO; 2]; 2];
     let strides = groups.map(|tokens| tokens * 4);
     let mut at = [first.as_ptr().cast::<u8>(), second.as_ptr().cast::<u8>()];
@@ -155,7 +153,7 @@ unsafe fn sixteen_rows(
                     if chunk % 2 == 0 {
                         _mm_prefetch::<_MM_HINT_T1>(codes.wrapping_add(SIDE * row_bytes).cast());
                     }
-                    let absmax = *strip.absmax.as_ptr().add((row + r) * strip.absmax_stride + block);
+                    let absmax = *strip.absmax.as_ptr().add((row + r) * blocks + block);
                     let scaled = _mm512_mul_ps(levels, _mm512_set1_ps(absmax));
                     let table = std::mem::transmute::<__m256bh, __m256i>(_mm512_cvtneps_pbh(scaled));
                     // The permute looks at five bits, the last of which may be anything.

@@ -40,7 +40,7 @@ static KERNELS: Kernels = Kernels {
     },
     decode_absmax: portable::decode_absmax,
     // SAFETY: as above.
-    dot: |a, b| unsafe { dot(a, b) },
+    matrix_vector: |matrix, x, out| unsafe { matrix_vector(matrix, x, out) },
     prepare_f32: portable::KERNELS.prepare_f32,
     // SAFETY: as above.
     linear_f32: |x, strip, out| unsafe { linear_f32(x, strip, out) },
@@ -261,20 +261,47 @@ fn sum_of_lanes(v: __m256) -> f32 {
 }
 
 #[target_feature(enable = "avx2,fma")]
-fn dot(a: &[f32], b: &[f32]) -> f32 {
-    let mut sums = [_mm256_setzero_ps(); 4];
-    let (a, a_tail) = a.as_chunks::<32>();
-    let (b, b_tail) = b.as_chunks::<32>();
-    for (a, b) in a.iter().zip(b) {
-        for (i, sum) in sums.iter_mut().enumerate() {
-            // SAFETY: i < 4, so 8 floats from 8 * i lie within both arrays of 32.
-            let [a, b] = [a, b].map(|v| unsafe { _mm256_loadu_ps(v.as_ptr().add(8 * i)) });
-            *sum = _mm256_fmadd_ps(a, b, *sum);
+fn matrix_vector(matrix: &[f32], x: &[f32], out: &mut [f32]) {
+    assert_eq!(matrix.len(), out.len() * x.len(), "a row per result");
+    let (fours, rest) = out.as_chunks_mut::<4>();
+    for (i, out) in fours.iter_mut().enumerate() {
+        *out = row_sums::<4, 2>(&matrix[i * 4 * x.len()..][..4 * x.len()], x);
+    }
+    let matrix = &matrix[matrix.len() - rest.len() * x.len()..];
+    for (i, out) in rest.iter_mut().enumerate() {
+        [*out] = row_sums::<1, 4>(&matrix[i * x.len()..][..x.len()], x);
+    }
+}
+
+/// `R` rows times x; `U` vectors of a row are summed apart, since a multiply-add takes some cycles.
+#[inline]
+#[target_feature(enable = "avx2,fma")]
+fn row_sums<const R: usize, const U: usize>(rows: &[f32], x: &[f32]) -> [f32; R] {
+    assert_eq!(rows.len(), R * x.len());
+    let mut sums = [[_mm256_setzero_ps(); U]; R];
+    let (unrolled, whole) = (x.len() / (8 * U) * (8 * U), x.len() / 8 * 8);
+    // SAFETY: both callers below stay 8 floats inside x, and each of the R rows is as long as x.
+    let load = |values: &[f32], at: usize| unsafe { _mm256_loadu_ps(values.as_ptr().add(at)) };
+    for start in (0..unrolled).step_by(8 * U) {
+        for u in 0..U {
+            let factor = load(x, start + 8 * u);
+            for r in 0..R {
+                sums[r][u] = _mm256_fmadd_ps(load(rows, r * x.len() + start + 8 * u), factor, sums[r][u]);
+            }
         }
     }
-    let sum = _mm256_add_ps(_mm256_add_ps(sums[0], sums[1]), _mm256_add_ps(sums[2], sums[3]));
-    let tail: f32 = a_tail.iter().zip(b_tail).map(|(a, b)| a * b).sum();
-    sum_of_lanes(sum) + tail
+    for start in (unrolled..whole).step_by(8) {
+        let factor = load(x, start);
+        for r in 0..R {
+            sums[r][0] = _mm256_fmadd_ps(load(rows, r * x.len() + start), factor, sums[r][0]);
+        }
+    }
+    std::array::from_fn(|r| {
+        let row = &rows[r * x.len()..][whole..x.len()];
+        let rest: f32 = row.iter().zip(&x[whole..]).map(|(a, b)| a * b).sum();
+        sum_of_lanes(sums[r].into_iter().fold(_mm256_setzero_ps(), |sum, part| _mm256_add_ps(sum, part)))
+            + rest
+    })
 }
 
 /// One row at a time, its weights decoded in registers and used for up to four tokens.
@@ -282,8 +309,7 @@ fn dot(a: &[f32], b: &[f32]) -> f32 {
 fn linear_f32(x: &[f32], strip: &Strip<'_>, out: &mut [f32]) {
     let prepared = strip.columns.next_multiple_of(PREPARED_MULTIPLE);
     assert!(x.len() == prepared * strip.tokens);
-    let rows =
-        strip.codes.chunks_exact(strip.columns / 2).zip(strip.absmax.chunks_exact(strip.absmax_stride));
+    let rows = strip.codes.chunks_exact(strip.columns / 2).zip(strip.absmax.chunks_exact(strip.blocks()));
     for ((codes, absmax), out) in rows.zip(out.chunks_exact_mut(strip.tokens)) {
         for (x, out) in x.chunks(4 * prepared).zip(out.chunks_mut(4)) {
             match out.len() {

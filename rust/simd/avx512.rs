@@ -44,7 +44,7 @@ static KERNELS: Kernels = Kernels {
     // SAFETY: as above.
     decode_absmax: |nested, first, out| unsafe { avx512_absmax::gather(nested, first, out) },
     // SAFETY: as above.
-    dot: |a, b| unsafe { avx512_linear::dot(a, b) },
+    matrix_vector: |matrix, x, out| unsafe { avx512_linear::matrix_vector(matrix, x, out) },
     prepare_f32: avx512_linear::prepare_f32,
     // SAFETY: as above.
     linear_f32: |x, strip, out| unsafe { avx512_linear::linear_f32(x, strip, out) },

@@ -13,8 +13,8 @@
 //! with zeros.
 
 use super::avx512_bf16_rows;
-use super::avx512_linear::{Codes, store_sums};
-use super::{ABSMAX_PADDING, PREPARED_MULTIPLE, Strip};
+use super::avx512_linear::{Codes, absmax_lanes, ends_inside, store_sums};
+use super::{PREPARED_MULTIPLE, Strip};
 use crate::codebook::LEVELS;
 use half::bf16;
 use std::arch::asm;
@@ -84,13 +84,9 @@ fn prepare_step(values: &[bf16; PREPARED_MULTIPLE], out: &mut [bf16; PREPARED_MU
 /// See [`super::Linear`]; `x` as `prepare` leaves it. Needs blocks of 64 or more.
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,fma")]
 pub(super) fn linear(x: &[bf16], strip: &Strip<'_>, out: &mut [f32]) {
-    let steps = strip.columns.div_ceil(PREPARED_MULTIPLE);
     let rows = out.len() / strip.tokens;
-    assert!(x.len() == steps * PREPARED_MULTIPLE * strip.tokens && out.len() == rows * strip.tokens);
-    assert!(strip.codes.len() == rows * strip.columns / 2);
-    assert!(strip.absmax_stride >= strip.columns / strip.block_size);
-    assert!(strip.absmax.len() >= rows * strip.absmax_stride + ABSMAX_PADDING);
-    assert!(strip.block_size.is_power_of_two() && strip.block_size >= 64);
+    assert!(out.len() == rows * strip.tokens);
+    strip.check(x.len(), rows, 64);
     if strip.tokens > MOST_TOKENS {
         return avx512_bf16_rows::linear(x, strip, out);
     }
@@ -160,10 +156,9 @@ unsafe fn row_tile<const R: usize>(x: &[bf16], strip: &Strip<'_>, row: usize, ou
     let levels = _mm512_mul_ps(levels, _mm512_set1_ps(LEVEL_FACTOR));
     // Twice the same levels: the fifth bit of an index may be anything.
     let levels = table(levels, levels);
-    // Lanes of a sum cover eight weights each, so blocks of 64 divide it in halves.
-    let second = i32::from(strip.block_size == 64);
-    let lanes = _mm512_inserti64x4::<1>(_mm512_setzero_si512(), _mm256_set1_epi32(second));
-    let block_shift = strip.block_size.trailing_zeros();
+    // Lanes of a sum cover eight weights each, as those of `linear_f32` do.
+    let lanes = absmax_lanes(strip);
+    let (blocks, block_shift) = (strip.blocks(), strip.block_size.trailing_zeros());
     let rows = Codes::<R>::new(strip, row);
     let mut sums = [[_mm512_setzero_ps(); 1]; R];
     for step in 0..strip.columns.div_ceil(PREPARED_MULTIPLE) {
@@ -176,9 +171,10 @@ unsafe fn row_tile<const R: usize>(x: &[bf16], strip: &Strip<'_>, row: usize, ou
         rows.fetch_ahead(step);
         for r in 0..R {
             let mut codes = rows.load(r, step);
-            let first = (row + r) * strip.absmax_stride + ((step * PREPARED_MULTIPLE) >> block_shift);
+            let first = (row + r) * blocks + ((step * PREPARED_MULTIPLE) >> block_shift);
             // SAFETY: a step's first block is below columns / block_size, and four values follow the last row.
             let absmax = unsafe { _mm_loadl_epi64(strip.absmax.as_ptr().add(first).cast()) };
+            let lanes = lanes[usize::from(ends_inside(strip, step))];
             let scales = _mm512_permutexvar_ps(lanes, _mm512_castps128_ps512(_mm_castsi128_ps(absmax)));
             let mut partial = _mm512_setzero_ps();
             for activations in &activations {
@@ -211,20 +207,20 @@ unsafe fn tile<const R: usize, const M: usize>(
     // SAFETY: the array holds the 16 floats that are read.
     let levels = unsafe { _mm512_loadu_ps(LEVELS.as_ptr()) };
     // Block sizes are powers of two; a division here would cost as much as the step.
-    let block_shift = strip.block_size.trailing_zeros();
+    let (blocks, block_shift) = (strip.blocks(), strip.block_size.trailing_zeros());
     let rows = Codes::<R>::new(strip, row);
     // Blocks of 64: the upper 16 lanes belong to a second block, whose levels fill the upper half
     // of the table. Longer blocks: both halves hold the same levels.
-    let second = usize::from(strip.block_size == 64);
+    let second = |step: usize| usize::from(strip.block_size == 64 && !ends_inside(strip, step));
     let half = _mm512_inserti64x4::<1>(_mm512_setzero_si512(), _mm256_set1_epi16(16));
     let nibble_mask = _mm512_set1_epi16(15);
     let scaled = |r: usize, step: usize| {
-        let first = (row + r) * strip.absmax_stride + ((step * PREPARED_MULTIPLE) >> block_shift);
-        // SAFETY: up to one step past the row's last one, `first` is at most columns / block_size + 1,
-        // and four values follow the last row.
+        let first = (row + r) * blocks + ((step * PREPARED_MULTIPLE) >> block_shift);
+        // SAFETY: up to one step past the row's last one, `first` is at most two blocks past the row's
+        // last one, and four values follow the last row.
         let (low, high) = unsafe {
             let absmax = strip.absmax.as_ptr().add(first);
-            (_mm512_set1_ps(*absmax), _mm512_set1_ps(*absmax.add(second)))
+            (_mm512_set1_ps(*absmax), _mm512_set1_ps(*absmax.add(second(step))))
         };
         table(_mm512_mul_ps(levels, low), _mm512_mul_ps(levels, high))
     };

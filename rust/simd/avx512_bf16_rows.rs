@@ -3,7 +3,7 @@
 //! multiplied with eight tokens at a time: the more tokens, the less decoding costs each.
 
 use super::avx512_bf16_linear::{MOST_TOKENS, bf16s, table};
-use super::avx512_linear::{Codes, store_sums};
+use super::avx512_linear::{Codes, ends_inside, store_sums};
 use super::{PREPARED_MULTIPLE, Strip, fetch_next};
 use crate::codebook::LEVELS;
 use crate::memory::Scratch;
@@ -78,15 +78,15 @@ fn decode<const R: usize>(strip: &Strip<'_>, row: usize, out: &mut [Decoded<R>])
     let rows = Codes::<R>::new(strip, row);
     let block_shift = strip.block_size.trailing_zeros();
     // As in `avx512_bf16_linear::tile`.
-    let second = usize::from(strip.block_size == 64);
+    let second = |step: usize| usize::from(strip.block_size == 64 && !ends_inside(strip, step));
     let half = _mm512_inserti64x4::<1>(_mm512_setzero_si512(), _mm256_set1_epi16(16));
     let nibble_mask = _mm512_set1_epi16(15);
     for r in 0..R {
-        let absmax = &strip.absmax[(row + r) * strip.absmax_stride..];
+        let absmax = &strip.absmax[(row + r) * strip.blocks()..];
         for (step, out) in out.iter_mut().enumerate() {
             let block = (step * PREPARED_MULTIPLE) >> block_shift;
             let low = _mm512_mul_ps(levels, _mm512_set1_ps(absmax[block]));
-            let high = _mm512_mul_ps(levels, _mm512_set1_ps(absmax[block + second]));
+            let high = _mm512_mul_ps(levels, _mm512_set1_ps(absmax[block + second(step)]));
             let scaled = table(low, high);
             let mut codes = rows.load(r, step);
             for out in out {

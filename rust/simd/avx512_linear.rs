@@ -8,7 +8,7 @@
 //! in its high nibble. A last step of fewer than 128 weights reads zeros past the row's end; its
 //! activations are padded with zeros. Products of bf16 as such: `avx512_bf16_linear.rs`.
 
-use super::{ABSMAX_PADDING, PREPARED_MULTIPLE, Strip, fetch_ahead};
+use super::{PREPARED_MULTIPLE, Strip, fetch_ahead};
 use crate::codebook::LEVELS;
 use std::arch::x86_64::*;
 
@@ -31,37 +31,90 @@ pub(super) fn prepare_f32(row: &[f32], out: &mut [f32]) {
     }
 }
 
+/// See [`super::Kernels::matrix_vector`].
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,fma")]
-pub(super) fn dot(a: &[f32], b: &[f32]) -> f32 {
-    let mut sums = [_mm512_setzero_ps(); 4];
-    let (a, a_tail) = a.as_chunks::<64>();
-    let (b, b_tail) = b.as_chunks::<64>();
-    for (a, b) in a.iter().zip(b) {
-        for (i, sum) in sums.iter_mut().enumerate() {
-            // SAFETY: i < 4, so 16 floats from 16 * i lie within both arrays of 64.
-            let [a, b] = [a, b].map(|v| unsafe { _mm512_loadu_ps(v.as_ptr().add(16 * i)) });
-            *sum = _mm512_fmadd_ps(a, b, *sum);
-        }
+pub(super) fn matrix_vector(matrix: &[f32], x: &[f32], out: &mut [f32]) {
+    assert_eq!(matrix.len(), out.len() * x.len(), "a row per result");
+    let (fours, rest) = out.as_chunks_mut::<4>();
+    for (i, out) in fours.iter_mut().enumerate() {
+        let rows = &matrix[i * 4 * x.len()..][..4 * x.len()];
+        *out = sums_of_four(row_sums::<4, 2>(rows, x));
     }
-    // A rank of 16 is all tail: no scalar loop here.
-    for (sum, (a, b)) in sums.iter_mut().zip(a_tail.chunks(16).zip(b_tail.chunks(16))) {
-        let mask = (u32::from(u16::MAX) >> (16 - a.len().min(b.len()))) as u16;
-        // SAFETY: the mask admits what both chunks hold.
-        let [a, b] = [a, b].map(|v| unsafe { _mm512_maskz_loadu_ps(mask, v.as_ptr()) });
-        *sum = _mm512_fmadd_ps(a, b, *sum);
+    let matrix = &matrix[matrix.len() - rest.len() * x.len()..];
+    for (i, out) in rest.iter_mut().enumerate() {
+        let [sum] = row_sums::<1, 8>(&matrix[i * x.len()..][..x.len()], x);
+        *out = _mm512_reduce_add_ps(sum);
     }
-    let sum = _mm512_add_ps(_mm512_add_ps(sums[0], sums[1]), _mm512_add_ps(sums[2], sums[3]));
-    _mm512_reduce_add_ps(sum)
 }
 
-/// Which of four neighbouring absmax each 32-bit lane takes, for lanes of 8 weights.
+/// `R` rows times x, a vector of partial sums each. `U` vectors of a row are summed apart: a
+/// multiply-add takes four cycles, and two can begin in each.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,fma")]
+fn row_sums<const R: usize, const U: usize>(rows: &[f32], x: &[f32]) -> [__m512; R] {
+    assert_eq!(rows.len(), R * x.len());
+    let mut sums = [[_mm512_setzero_ps(); U]; R];
+    let whole = x.len() / (16 * U) * (16 * U);
+    for start in (0..whole).step_by(16 * U) {
+        for u in 0..U {
+            let at = start + 16 * u;
+            // SAFETY: at + 16 <= x.len(), and each of the R rows is as long as x.
+            let factor = unsafe { _mm512_loadu_ps(x.as_ptr().add(at)) };
+            for r in 0..R {
+                // SAFETY: as above.
+                let row = unsafe { _mm512_loadu_ps(rows.as_ptr().add(r * x.len() + at)) };
+                sums[r][u] = _mm512_fmadd_ps(row, factor, sums[r][u]);
+            }
+        }
+    }
+    for at in (whole..x.len()).step_by(16) {
+        let mask = (u32::from(u16::MAX) >> (16 - (x.len() - at).min(16))) as u16;
+        // SAFETY: the mask admits what lies before the end of x, or of a row, which is as long.
+        let factor = unsafe { _mm512_maskz_loadu_ps(mask, x.as_ptr().add(at)) };
+        for r in 0..R {
+            // SAFETY: as above.
+            let row = unsafe { _mm512_maskz_loadu_ps(mask, rows.as_ptr().add(r * x.len() + at)) };
+            sums[r][0] = _mm512_fmadd_ps(row, factor, sums[r][0]);
+        }
+    }
+    sums.map(|parts| parts.into_iter().fold(_mm512_setzero_ps(), |sum, part| _mm512_add_ps(sum, part)))
+}
+
+/// The sums over lanes of four vectors, in order.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq")]
+fn sums_of_four([a, b, c, d]: [__m512; 4]) -> [f32; 4] {
+    let pair = |a, b| _mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
+    let (ab, cd) = (pair(a, b), pair(c, d));
+    let quarters =
+        _mm512_add_ps(_mm512_shuffle_ps::<0b01_00_01_00>(ab, cd), _mm512_shuffle_ps::<0b11_10_11_10>(ab, cd));
+    let halves = _mm256_add_ps(_mm512_castps512_ps256(quarters), _mm512_extractf32x8_ps::<1>(quarters));
+    let sum = _mm_add_ps(_mm256_castps256_ps128(halves), _mm256_extractf128_ps::<1>(halves));
+    let mut sums = [0.0; 4];
+    // SAFETY: the array holds the four floats that are written.
+    unsafe { _mm_storeu_ps(sums.as_mut_ptr(), sum) };
+    sums
+}
+
+/// Which of four neighbouring absmax each 32-bit lane takes, for lanes of 8 weights: in whole steps,
+/// and in one inside which rows end. There, lanes past the end repeat the last block's, lest the next
+/// row's matter, were it NaN: zeros are what they multiply.
+#[inline]
 #[target_feature(enable = "avx512f")]
-fn absmax_lanes(block_size: usize) -> __m512i {
-    match block_size {
+pub(super) fn absmax_lanes(strip: &Strip<'_>) -> [__m512i; 2] {
+    let lanes = match strip.block_size {
         32 => _mm512_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3),
         64 => _mm512_setr_epi32(0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1),
         _ => _mm512_setzero_si512(),
-    }
+    };
+    let last = (strip.columns % PREPARED_MULTIPLE / strip.block_size).saturating_sub(1);
+    [lanes, _mm512_min_epu32(lanes, _mm512_set1_epi32(last as i32))]
+}
+
+/// Whether the strip's rows end inside a step.
+#[inline]
+pub(super) fn ends_inside(strip: &Strip<'_>, step: usize) -> bool {
+    (step + 1) * PREPARED_MULTIPLE > strip.columns
 }
 
 /// The codes of a tile's rows, a step at a time.
@@ -113,11 +166,8 @@ macro_rules! tile_rows_and_tokens {
         let (x, strip, out) = ($x, $strip, $out);
         let prepared = strip.columns.next_multiple_of(PREPARED_MULTIPLE);
         let rows = out.len() / strip.tokens;
-        assert!(x.len() == prepared * strip.tokens && out.len() == rows * strip.tokens);
-        assert!(strip.codes.len() == rows * strip.columns / 2);
-        assert!(strip.absmax_stride >= strip.columns / strip.block_size);
-        assert!(strip.absmax.len() >= rows * strip.absmax_stride + ABSMAX_PADDING);
-        assert!(strip.block_size.is_power_of_two() && strip.block_size >= 32);
+        assert!(out.len() == rows * strip.tokens);
+        strip.check(x.len(), rows, 32);
         let mut row = 0;
         while row < rows {
             let tall = rows - row >= 4;
@@ -161,17 +211,18 @@ unsafe fn tile_f32<const R: usize, const M: usize>(
 ) -> usize {
     // SAFETY: the array holds the 16 floats that are read.
     let levels = unsafe { _mm512_loadu_ps(LEVELS.as_ptr()) };
-    let lanes = absmax_lanes(strip.block_size);
+    let lanes = absmax_lanes(strip);
     // Block sizes are powers of two; a division here would cost as much as the step.
-    let block_shift = strip.block_size.trailing_zeros();
+    let (blocks, block_shift) = (strip.blocks(), strip.block_size.trailing_zeros());
     let rows = Codes::<R>::new(strip, row);
     let prepared = strip.columns.next_multiple_of(PREPARED_MULTIPLE);
     let mut sums = [[_mm512_setzero_ps(); M]; R];
     for step in 0..prepared / PREPARED_MULTIPLE {
         rows.fetch_ahead(step);
         let mut codes: [__m512i; R] = std::array::from_fn(|r| rows.load(r, step));
+        let lanes = lanes[usize::from(ends_inside(strip, step))];
         let scales: [__m512; R] = std::array::from_fn(|r| {
-            let first = (row + r) * strip.absmax_stride + ((step * PREPARED_MULTIPLE) >> block_shift);
+            let first = (row + r) * blocks + ((step * PREPARED_MULTIPLE) >> block_shift);
             // SAFETY: a step's first block is below columns / block_size, and four values follow the last row.
             let absmax = unsafe { _mm_loadu_ps(strip.absmax.as_ptr().add(first)) };
             _mm512_permutexvar_ps(lanes, _mm512_broadcast_f32x4(absmax))

@@ -25,7 +25,7 @@ pub static KERNELS: Kernels = Kernels {
     dequantize_f16: dequantize_blocks,
     dequantize_bf16: dequantize_blocks,
     decode_absmax,
-    dot,
+    matrix_vector,
     prepare_f32: |row, out| {
         out[..row.len()].copy_from_slice(row);
         out[row.len()..].fill(0.0);
@@ -89,6 +89,13 @@ pub(super) fn decode_absmax(nested: &NestedScales<'_>, first: usize, out: &mut [
 
 /// Sixteen partial sums: the compiler keeps them in vector registers, and the rounding error grows
 /// with a sixteenth of the length.
+fn matrix_vector(matrix: &[f32], x: &[f32], out: &mut [f32]) {
+    assert_eq!(matrix.len(), out.len() * x.len(), "a row per result");
+    for (i, out) in out.iter_mut().enumerate() {
+        *out = dot(&matrix[i * x.len()..][..x.len()], x);
+    }
+}
+
 fn dot(a: &[f32], b: &[f32]) -> f32 {
     let mut sums = [0.0_f32; 16];
     let (a, a_tail) = a.as_chunks::<16>();
@@ -146,8 +153,7 @@ fn finish<T: Element>(
 fn linear_f32(x: &[f32], strip: &Strip<'_>, out: &mut [f32]) {
     let prepared = strip.columns.next_multiple_of(PREPARED_MULTIPLE);
     let mut weights = [0.0_f32; 4096];
-    let rows =
-        strip.codes.chunks_exact(strip.columns / 2).zip(strip.absmax.chunks_exact(strip.absmax_stride));
+    let rows = strip.codes.chunks_exact(strip.columns / 2).zip(strip.absmax.chunks_exact(strip.blocks()));
     out.fill(0.0);
     for ((codes, absmax), out) in rows.zip(out.chunks_exact_mut(strip.tokens)) {
         let parts = codes.chunks(2048).zip(absmax.chunks(4096 / strip.block_size));

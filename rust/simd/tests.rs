@@ -158,12 +158,9 @@ proptest! {
         let x: Vec<f32> = (0..tokens * columns).map(|_| bf16::from_f32(next()).to_f32()).collect();
         let mut weights = vec![0.0_f32; rows * columns];
         portable::dequantize_blocks(&codes, &absmax, block_size, &mut weights);
-        let stride = blocks + ABSMAX_PADDING;
-        let mut padded = vec![0.0; rows * stride + ABSMAX_PADDING];
-        for (padded, absmax) in padded.chunks_exact_mut(stride).zip(absmax.chunks(blocks)) {
-            padded[..blocks].copy_from_slice(absmax);
-        }
-        let strip = Strip { codes: &codes, absmax: &padded, absmax_stride: stride, columns, block_size, tokens };
+        // What lies past the last row must not matter.
+        let padded = [&absmax[..], &[f32::NAN; ABSMAX_PADDING]].concat();
+        let strip = Strip { codes: &codes, absmax: &padded, columns, block_size, tokens };
         let width = columns.next_multiple_of(PREPARED_MULTIPLE);
         let check = |name: &str, out: &[f32], tolerance: f64| {
             for (i, got) in out.iter().enumerate() {
@@ -192,6 +189,63 @@ proptest! {
                 (few_rows.linear)(&prepared, &strip, &mut out);
                 // Each weight is rounded to bf16 once: half a unit in the eighth bit.
                 check("bf16", &out, 2.0_f64.powi(-9) + 1e-6)?;
+            }
+        }
+    }
+}
+
+#[test]
+fn a_row_that_is_not_finite_leaves_its_neighbours_alone() {
+    let rows = 9;
+    let shapes = [(32_usize, 5, 1), (32, 3, 5), (64, 9, 1), (64, 3, 2), (64, 1, 7), (64, 5, 20)];
+    for (block_size, blocks, tokens) in shapes {
+        let columns = block_size * blocks;
+        let codes: Vec<u8> = (0..rows * columns / 2).map(|i| (i * 37 % 256) as u8).collect();
+        let x: Vec<bf16> = (0..tokens * columns).map(|i| bf16::from_f32((i % 13) as f32 - 6.0)).collect();
+        let wide: Vec<f32> = x.iter().map(|x| x.to_f32()).collect();
+        let width = columns.next_multiple_of(PREPARED_MULTIPLE);
+        for path in available() {
+            let product = |absmax: &[f32]| {
+                let strip = Strip { codes: &codes, absmax, columns, block_size, tokens };
+                let mut prepared = vec![0.0; tokens * width];
+                for (row, out) in wide.chunks(columns).zip(prepared.chunks_mut(width)) {
+                    (path.prepare_f32)(row, out);
+                }
+                let mut out = vec![0.0; 2 * rows * tokens];
+                (path.linear_f32)(&prepared, &strip, &mut out[..rows * tokens]);
+                if let Some(few) = path.bf16.and_then(|bf16| bf16.few_rows).filter(|_| block_size >= 64) {
+                    let mut prepared = vec![bf16::ZERO; tokens * width];
+                    (few.prepare)(&x, columns, &mut prepared);
+                    (few.linear)(&prepared, &strip, &mut out[rows * tokens..]);
+                }
+                out
+            };
+            let mut absmax = vec![0.5; rows * blocks + ABSMAX_PADDING];
+            let expected = product(&absmax);
+            absmax[4 * blocks..5 * blocks].fill(f32::NAN);
+            absmax[rows * blocks..].fill(f32::NAN);
+            let got = product(&absmax);
+            for (i, (got, expected)) in got.iter().zip(&expected).enumerate() {
+                let hit = i / tokens % rows == 4;
+                assert!(hit || got.to_bits() == expected.to_bits(), "{}: {got} for {expected}", path.name);
+            }
+            assert!(got[4 * tokens].is_nan(), "{}: the row itself", path.name);
+        }
+    }
+}
+
+#[test]
+fn a_matrix_times_a_vector_is_exact_on_small_integers() {
+    for path in available() {
+        for (rows, columns) in [(0, 5), (3, 0), (1, 1), (4, 16), (5, 31), (7, 64), (8, 129), (13, 300)] {
+            let value = |i: usize| (i * 7 % 11) as f32 - 5.0;
+            let matrix: Vec<f32> = (0..rows * columns).map(value).collect();
+            let x: Vec<f32> = (0..columns).map(|i| value(i + 3)).collect();
+            let mut out = vec![f32::NAN; rows];
+            (path.matrix_vector)(&matrix, &x, &mut out);
+            for (row, out) in out.iter().enumerate() {
+                let exact: f32 = (0..columns).map(|i| matrix[row * columns + i] * x[i]).sum();
+                assert_eq!(*out, exact, "{}: {rows} x {columns}", path.name);
             }
         }
     }

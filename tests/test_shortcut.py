@@ -1,0 +1,127 @@
+"""The shortest way through a layer: the same bits as the usual way, or no answer at all."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import qlora_rs
+from qlora_rs import shortcut
+from qlora_rs.errors import QloraError
+
+
+def layer(
+    shape: tuple[int, int] = (48, 128), r: int = 4, bias: bool = False, **options
+) -> qlora_rs.QLoRALinear:
+    generator = torch.Generator().manual_seed(5)
+    weight = torch.randn(shape, generator=generator)
+    base = qlora_rs.NF4Linear(
+        qlora_rs.quantize(weight, **options), torch.randn(shape[0]) if bias else None
+    )
+    made = qlora_rs.QLoRALinear(base, r=r).eval()
+    nn.init.normal_(made.lora_B, generator=generator)
+    return made
+
+
+def usual(made: qlora_rs.QLoRALinear, x: Tensor, monkeypatch: pytest.MonkeyPatch) -> Tensor:
+    with monkeypatch.context() as patch:
+        patch.setattr(shortcut, "product", lambda *_: None)
+        return made(x)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("size", [(), (1, 1), (3,), (0,), (2, 0, 3), (2, 40)])
+@pytest.mark.parametrize("options", [{}, {"double_quant": False}, {"block_size": 256}])
+def test_same_bits_as_the_usual_way(dtype, size, options, monkeypatch) -> None:
+    made = layer(**options)
+    x = torch.randn(*size, 128).to(dtype)
+    with torch.no_grad():
+        for scaling in (made.scaling, None):
+            made.adapter_enabled = scaling is not None
+            y = shortcut.product(made, x, scaling)
+            assert y is not None
+            expected = usual(made, x, monkeypatch)
+            assert (y.dtype, y.shape) == (dtype, (*size, 48))
+            assert torch.equal(y, expected)
+            assert torch.equal(made(x), expected)
+
+
+def test_a_bias_is_added_where_it_has_the_type_of_x(monkeypatch) -> None:
+    made = layer(bias=True)
+    x = torch.randn(2, 128)
+    with torch.no_grad():
+        assert torch.equal(shortcut.product(made, x, made.scaling), usual(made, x, monkeypatch))
+        assert shortcut.product(made, x.bfloat16(), made.scaling) is None
+
+
+class Marked(Tensor):
+    """A tensor that somebody else's code computes with."""
+
+
+def test_no_answer_where_the_usual_way_is_needed() -> None:
+    made = layer()
+    x = torch.randn(2, 128)
+
+    def refused(given: Tensor = x, which: qlora_rs.QLoRALinear = made) -> bool:
+        return shortcut.product(which, given, which.scaling) is None
+
+    assert refused()  # gradients are wanted
+    with torch.no_grad():
+        assert not refused()
+        assert refused(x.as_subclass(Marked))
+        assert refused(x.t().contiguous().t())
+        assert refused(x.double())
+        assert refused(x[:, :64].contiguous())
+        assert refused(torch.tensor(1.0))
+        assert refused(torch.randn(2, 128, dtype=torch.complex64).imag)
+        assert refused(x.to("meta"))
+        with torch.autocast("cpu", torch.bfloat16):
+            assert refused()
+        assert torch.func.vmap(lambda row: made(row))(x).shape == (2, 48)
+        assert refused(which=layer(shape=(48, 100)))
+        narrow = layer()
+        narrow.compute_dtype = torch.bfloat16
+        assert refused(which=narrow)
+        elsewhere = layer().to("meta")
+        assert refused(which=elsewhere)
+
+
+def test_an_adapter_that_does_not_fit_is_left_to_the_usual_way_which_refuses() -> None:
+    # As many numbers as a fitting one, lying otherwise.
+    made = layer()
+    made.lora_B.data = made.lora_B.data.t().contiguous()
+    with torch.no_grad():
+        assert shortcut.product(made, torch.randn(1, 128), made.scaling) is None
+        with pytest.raises(QloraError, match=r"lora_b \[48, r\]"):
+            made(torch.randn(1, 128))
+
+
+def test_no_answer_for_factors_that_are_not_plain_memory(monkeypatch) -> None:
+    made, x = layer(), torch.randn(1, 128)
+    with torch.no_grad():
+        expected = made(x)
+        made.lora_A.data = made.lora_A.data.t().contiguous().t()
+        assert shortcut.product(made, x, made.scaling) is None
+        assert torch.equal(made(x), expected)
+
+
+def test_dropout_is_not_passed_by(monkeypatch) -> None:
+    made = layer()
+    made.dropout = 0.5
+    with torch.no_grad():
+        torch.manual_seed(0)
+        dropped = made.train()(torch.ones(1, 128))
+        assert not torch.equal(dropped, made.eval()(torch.ones(1, 128)))
+
+
+def test_weights_replaced_in_place_are_seen() -> None:
+    made, other = layer(), layer()
+    other.lora_A.data = made.lora_A.data
+    other.weight.data = other.weight.data.flip(0).contiguous()
+    x = torch.randn(1, 128)
+    with torch.no_grad():
+        before = made(x)
+        made.weight.data = other.weight.data
+        assert torch.equal(made(x), other(x))
+        assert not torch.equal(made(x), before)
