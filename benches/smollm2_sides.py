@@ -33,8 +33,9 @@ def build(side: str, folder: Path) -> nn.Module:
     torch.manual_seed(0)
     if side == "bitsandbytes":
         return theirs(folder)
-    model = load_quantized_folder(folder, "bfloat16").model
-    model = qlora_rs.fuse_loss(qlora_rs.add_lora(model, r=R, alpha=ALPHA))
+    model = load_quantized_folder(folder, "bfloat16", with_tokenizer=False).model
+    model = qlora_rs.add_lora(model, r=R, alpha=ALPHA)
+    model = qlora_rs.fuse_norms(qlora_rs.fuse_loss(model))
     if side == "rest":
         for name, layer in lora_layers(model).items():
             replace_module(model, name, FreeLayer(layer))

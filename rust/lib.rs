@@ -19,6 +19,7 @@ pub mod merge;
 pub mod packed_matrix;
 pub mod parallel;
 pub mod quantize;
+pub mod rms_norm;
 pub mod simd;
 
 #[cfg(feature = "python")]

@@ -4,6 +4,7 @@ mod arguments;
 mod exceptions;
 mod functions;
 mod merging;
+mod norms;
 
 use pyo3::prelude::*;
 
@@ -17,6 +18,8 @@ mod extension {
     };
     #[pymodule_export]
     use super::merging::{merge_calibrate, merge_curvature, merge_factor_length, merge_moment};
+    #[pymodule_export]
+    use super::norms::rms_norm;
 
     use super::{Bound, PyModule, PyResult, exceptions};
 

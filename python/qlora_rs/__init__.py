@@ -25,6 +25,7 @@ from qlora_rs.model import (
     remove_lora,
     trainable_parameters,
 )
+from qlora_rs.norms import fuse_norms, unfuse_norms
 from qlora_rs.quantize import PackedWeight, quantize
 
 __all__ = [
@@ -39,6 +40,7 @@ __all__ = [
     "disable_adapter",
     "enable_adapter",
     "fuse_loss",
+    "fuse_norms",
     "linear",
     "linear_cross_entropy",
     "load_adapter",
@@ -51,6 +53,7 @@ __all__ = [
     "save_adapter",
     "trainable_parameters",
     "unfuse_loss",
+    "unfuse_norms",
     "unmerge",
 ]
 

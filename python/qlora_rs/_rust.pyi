@@ -25,6 +25,7 @@ __all__ = [
     "multiply",
     "quantize",
     "refuse_non_finite",
+    "rms_norm",
 ]
 
 __version__: str
@@ -37,6 +38,14 @@ def levels() -> list[float]: ...
 def dynamic_map() -> list[float]: ...
 def cuda_source(name: str) -> str: ...
 def refuse_non_finite(count: int, rows: int, columns: int, first: int) -> None: ...
+def rms_norm(
+    x: _Capsule,
+    weight: _Capsule,
+    epsilon: float,
+    grad: _Capsule | None,
+    out: _Capsule,
+    threads: int,
+) -> None: ...
 def quantize(
     weight: _Capsule,
     columns: int,

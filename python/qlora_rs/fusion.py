@@ -91,7 +91,7 @@ def unfuse_loss(model: nn.Module) -> nn.Module:
     return model
 
 
-class _OwnForward:
+class OwnForward:
     """A module's `forward` that replaces its class's, and goes where the module is copied to."""
 
     def __init__(self, module: Any) -> None:
@@ -113,7 +113,7 @@ class _OwnForward:
             self.module.__dict__["forward"] = self.replaced
 
 
-class _DeferringForward(_OwnForward):
+class _DeferringForward(OwnForward):
     """Of an output layer."""
 
     def __call__(self, hidden: Tensor) -> Tensor | DeferredLogits:
@@ -122,7 +122,7 @@ class _DeferringForward(_OwnForward):
         return self.__wrapped__(hidden)
 
 
-class _FusedForward(_OwnForward):
+class _FusedForward(OwnForward):
     """Of a model."""
 
     def __init__(self, model: nn.Module, layer: nn.Module) -> None:

@@ -13,7 +13,6 @@ use crate::packed_matrix::{PackedMatrix, Scales};
 use crate::{
     cross_entropy as loss, dequantize as decode, double_quantize as nested, quantize as encode, simd,
 };
-use half::{bf16, f16};
 use pyo3::prelude::*;
 use pyo3::types::PyCapsule;
 
@@ -24,12 +23,14 @@ macro_rules! for_element {
     ($argument:expr, $body:ident ( $($rest:expr),* )) => {
         match $argument.element() {
             <f32 as Scalar>::ELEMENT => $body::<f32>($($rest),*),
-            <f16 as Scalar>::ELEMENT => $body::<f16>($($rest),*),
-            <bf16 as Scalar>::ELEMENT => $body::<bf16>($($rest),*),
+            <half::f16 as Scalar>::ELEMENT => $body::<half::f16>($($rest),*),
+            <half::bf16 as Scalar>::ELEMENT => $body::<half::bf16>($($rest),*),
             _ => Err($argument.wrong_type("float32, float16 or bfloat16")),
         }
     };
 }
+
+pub(super) use for_element;
 
 /// The parts of a packed weight as capsules, in the order of `Packed.capsules()`.
 #[derive(FromPyObject)]

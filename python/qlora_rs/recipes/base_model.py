@@ -29,7 +29,7 @@ class BaseModel:
     """A loaded float model with its tokenizer.
 
     model: transformers causal language model on the CPU, in evaluation mode.
-    tokenizer: its tokenizer, pad token set. path: what it was loaded from.
+    tokenizer: its tokenizer, pad token set, unless it was left out. path: what it was loaded from.
     """
 
     model: Any

@@ -1,0 +1,147 @@
+"""Give a transformers model's RMS norms one pass over memory each, and take it away again.
+
+    r = 1 / √(mean x² + ε)      y = w ∘ (x r)                       (arXiv 1910.07467, equation 4)
+    g = w ∘ dY                  dX = r (g - x r mean(g ∘ x r))      (differentiated by hand)
+
+Written out in torch, as transformers has it, a norm is eight operators forward and some twenty
+backward, each of which reads and writes all activations, and it keeps a float32 copy of them. A
+model has two norms for every seven linear layers, so they show. The arithmetic is
+`rust/rms_norm.rs`: float32, rounded where the written-out norm rounds.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.dlpack import to_dlpack
+
+from qlora_rs import _rust, cpu, ops
+from qlora_rs.errors import QloraError
+from qlora_rs.fusion import OwnForward
+
+# Rows of the rehearsal, of different sizes: epsilon matters in the smallest.
+_REHEARSED_SIZES = (1.0, 1e-3, 30.0)
+
+
+def fuse_norms(model: nn.Module) -> nn.Module:
+    """Compute the model's RMS norms in one pass each, forward and backward, in place.
+
+    model: of transformers, plain or wrapped by peft. Fused are modules named "...RMSNorm" whose
+    results, on a rehearsal, are w ∘ x / √(mean x² + ε) within two roundings; others (Gemma's, which
+    multiply by 1 + w; LayerNorm) stay as they are. A fused norm's call takes its own way again
+    where x is not on the CPU or not float32, float16 or bfloat16 as w is, where w is trained, and
+    under torch.compile.
+    Values change in their last bit, saved weights never know of it; `copy.deepcopy` and pickle keep
+    the fused norms. Returns the model. Raises QloraError where there is no norm to fuse.
+
+    >>> from transformers.models.llama.modeling_llama import LlamaRMSNorm
+    >>> norm = LlamaRMSNorm(64).requires_grad_(False)
+    >>> x = torch.randn(3, 64)
+    >>> expected = norm(x)
+    >>> bool(torch.allclose(fuse_norms(norm)(x), expected))
+    True
+    """
+    norms = [module for module in model.modules() if type(module).__name__.endswith("RMSNorm")]
+    if any(isinstance(norm.__dict__.get("forward"), FusedNorm) for norm in norms):
+        raise QloraError("the model has fused norms already; unfuse_norms(model) removes them")
+    fitting = [norm for norm in norms if _is_root_mean_square(norm)]
+    if not fitting:
+        found = ", ".join(sorted({type(norm).__name__ for norm in norms})) or "none"
+        raise QloraError(
+            f"{type(model).__name__} has no RMS norm of the usual formula on the CPU (norms named "
+            f"so: {found}); leave fuse_norms out"
+        )
+    for norm in fitting:
+        FusedNorm(norm).install()
+    return model
+
+
+def unfuse_norms(model: nn.Module) -> nn.Module:
+    """Undo `fuse_norms`, in place. Returns the model."""
+    fused = [m for m in model.modules() if isinstance(m.__dict__.get("forward"), FusedNorm)]
+    if not fused:
+        raise QloraError(f"{type(model).__name__} has no fused norms")
+    for norm in fused:
+        norm.__dict__["forward"].remove()
+    return model
+
+
+class FusedNorm(OwnForward):
+    """Of a norm."""
+
+    def __call__(self, x: Tensor) -> Tensor:
+        weight = self.module.weight
+        trained = torch.is_grad_enabled()
+        if (
+            not ops.runs_directly(x)
+            or not (x.is_cpu and weight.is_cpu)
+            or x.dtype is not weight.dtype
+            or x.dtype not in ops.FLOATS
+            or x.shape[-1:] != weight.shape
+            or not weight.is_contiguous()
+            or (trained and weight.requires_grad)
+        ):
+            return self.__wrapped__(x)
+        epsilon = _epsilon(self.module)
+        if trained and x.requires_grad:
+            return _Norm.apply(x, weight, epsilon)
+        return _rms_norm(x, weight, epsilon)
+
+
+class _Norm(torch.autograd.Function):
+    """Keeps x alone, and computes r again: that is cheaper than memory."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.epsilon = epsilon
+        return _rms_norm(x, weight, epsilon)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        x, weight = ctx.saved_tensors
+        return _rms_norm(x, weight, ctx.epsilon, grad), None, None
+
+
+def _rms_norm(x: Tensor, weight: Tensor, epsilon: float, grad: Tensor | None = None) -> Tensor:
+    """The norm of x, or, with the result's gradient, the gradient over x."""
+    x = cpu.plain(x)
+    out = torch.empty_like(x)
+    _rust.rms_norm(
+        to_dlpack(x),
+        to_dlpack(weight.detach()),
+        epsilon,
+        None if grad is None else to_dlpack(cpu.plain(grad)),
+        to_dlpack(out),
+        torch.get_num_threads(),
+    )
+    return out
+
+
+def _epsilon(norm: Any) -> float:
+    """ε under the name that transformers gives it, or torch."""
+    return norm.variance_epsilon if hasattr(norm, "variance_epsilon") else norm.eps
+
+
+def _is_root_mean_square(norm: Any) -> bool:
+    """Whether the norm, on a rehearsal, does what ours does."""
+    weight: Any = getattr(norm, "weight", None)
+    epsilon = getattr(norm, "variance_epsilon", getattr(norm, "eps", None))
+    if (
+        [name for name, _ in norm.named_parameters()] != ["weight"]
+        or not isinstance(epsilon, float)
+        or weight.dim() != 1
+        or weight.dtype not in ops.FLOATS
+        or not weight.is_cpu
+    ):
+        return False
+    generator = torch.Generator().manual_seed(0)
+    sizes = torch.tensor(_REHEARSED_SIZES)[:, None]
+    x = (torch.randn(len(sizes), len(weight), generator=generator) * sizes).to(weight.dtype)
+    with torch.no_grad():
+        theirs, ours = norm(x), _rms_norm(x, weight, epsilon)
+    roundings = 2 * torch.finfo(weight.dtype).eps
+    return theirs.dtype == ours.dtype and torch.allclose(ours, theirs, rtol=roundings, atol=1e-6)

@@ -1,0 +1,159 @@
+"""fuse_norms: the model's own results and gradients up to rounding; what is no RMS norm, stays."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+
+import pytest
+import tiny_llama
+import torch
+from torch import Tensor, nn
+from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
+
+from qlora_rs import QloraError, fuse_loss, fuse_norms, unfuse_norms
+from qlora_rs.norms import FusedNorm
+
+IDS = torch.randint(3, 64, (3, 17), generator=torch.Generator().manual_seed(5))
+
+
+def norm(columns: int = 96, dtype: torch.dtype = torch.float32) -> LlamaRMSNorm:
+    made = LlamaRMSNorm(columns, eps=1e-5)
+    made.weight.data = torch.randn(columns, generator=torch.Generator().manual_seed(1))
+    return made.to(dtype).requires_grad_(False)
+
+
+class Textbook(nn.Module):
+    """In float64 throughout; transformers' own rounds to float32 on the way."""
+
+    def __init__(self, like: LlamaRMSNorm) -> None:
+        super().__init__()
+        self.weight, self.epsilon = like.weight.double(), like.variance_epsilon
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.weight * x / (x.square().mean(-1, keepdim=True) + self.epsilon).sqrt()
+
+
+def both(layer: nn.Module, x: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
+    """y and dX."""
+    x = x.detach().requires_grad_()
+    y = layer(x)
+    y.backward(grad)
+    return y.detach(), x.grad
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("size", [(1, 1, 96), (2, 40, 96), (700, 96), (96,), (0, 96)])
+def test_results_and_gradients_are_the_norms_own(dtype: torch.dtype, size: tuple) -> None:
+    x, grad = (torch.randn(size).to(dtype) for _ in range(2))
+    exact = both(Textbook(norm(dtype=dtype)), x.double(), grad.double())
+    theirs = both(norm(dtype=dtype), x, grad)
+    ours = both(fuse_norms(norm(dtype=dtype)), x, grad)
+    for got, own, expected in zip(ours, theirs, exact, strict=True):
+        assert (got.dtype, got.shape) == (own.dtype, own.shape)
+        if expected.numel():
+            bound = (own.double() - expected).abs().max()
+            unit = torch.finfo(dtype).eps * expected.abs().max()
+            assert (got.double() - expected).abs().max() <= 2 * bound + unit / 2
+
+
+def test_rows_with_gaps_and_gradients_that_are_views() -> None:
+    fused, own = fuse_norms(norm()), norm()
+    x, grad = torch.randn(96, 10).t(), torch.randn(1, 96).expand(10, 96)
+    for got, expected in zip(both(fused, x, grad), both(own, x, grad), strict=True):
+        assert torch.allclose(got, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_models_loss_and_gradients_stay(dtype: torch.dtype) -> None:
+    model = tiny_llama.with_adapter().to(dtype).train()
+
+    def step() -> tuple[Tensor, list[Tensor]]:
+        model.zero_grad()
+        loss = model(input_ids=IDS, labels=IDS).loss
+        loss.backward()
+        return loss.detach(), [p.grad for p in model.parameters() if p.grad is not None]
+
+    loss, gradients = step()
+    assert fuse_norms(fuse_loss(model)) is model
+    fused_loss, fused_gradients = step()
+    unit = torch.finfo(dtype).eps
+    assert (loss - fused_loss).abs() <= 4 * unit * loss.abs()
+    largest = max(gradient.abs().max() for gradient in gradients)
+    for got, expected in zip(fused_gradients, gradients, strict=True):
+        assert (got - expected).abs().max() <= 20 * unit * largest
+
+
+def test_undone_copied_and_saved() -> None:
+    model = tiny_llama.dense()
+    names, expected = list(model.state_dict()), model(IDS).logits
+    fuse_norms(model)
+    for other in (model, copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        fused = [m.forward.module is m for m in other.modules() if "forward" in m.__dict__]
+        assert fused == [True] * 5
+        assert list(other.state_dict()) == names
+        assert torch.allclose(other(IDS).logits, expected, atol=1e-5)
+    assert torch.equal(unfuse_norms(model)(IDS).logits, expected)
+    assert not any("forward" in module.__dict__ for module in model.modules())
+
+
+def test_what_is_no_root_mean_square_stays_and_its_neighbours_do_not() -> None:
+    gemma = GemmaRMSNorm(96).requires_grad_(False)
+    nn.init.normal_(gemma.weight)
+    model = nn.Sequential(gemma, norm(), nn.LayerNorm(96), nn.RMSNorm(96, eps=1e-6))
+    fuse_norms(model)
+    assert [isinstance(m.__dict__.get("forward"), FusedNorm) for m in model] == [
+        False, True, False, True,
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("build", "sentence"),
+    [
+        (lambda: nn.Sequential(nn.LayerNorm(8)), "no RMS norm of the usual formula.*none"),
+        (lambda: nn.Sequential(GemmaRMSNorm(8)), "GemmaRMSNorm"),
+        (lambda: norm().to("meta"), "on the CPU"),
+        (lambda: fuse_norms(norm()), "has fused norms already; unfuse_norms"),
+    ],
+)
+def test_refusals_name_what_was_found(build, sentence: str) -> None:
+    model = build()
+    for parameter in model.parameters():
+        nn.init.ones_(parameter)
+    before = [dict(module.__dict__) for module in model.modules()]
+    with pytest.raises(QloraError, match=sentence):
+        fuse_norms(model)
+    assert [dict(module.__dict__) for module in model.modules()] == before
+
+
+def test_unfusing_what_is_not_fused_is_refused() -> None:
+    with pytest.raises(QloraError, match="has no fused norms"):
+        unfuse_norms(norm())
+
+
+def test_the_norms_own_way_where_ours_does_not_lead() -> None:
+    fused, own = fuse_norms(norm()), norm()
+    x = torch.randn(4, 96)
+    assert torch.equal(fused(x.double()), own(x.double()))
+    assert torch.equal(fused(x.bfloat16()), own(x.bfloat16()))
+    assert torch.allclose(torch.func.vmap(fused)(x), own(x), atol=1e-6)
+    fused.weight.requires_grad_(True)
+    fused(x).sum().backward()
+    own.weight.requires_grad_(True)
+    own(x).sum().backward()
+    assert torch.equal(fused.weight.grad, own.weight.grad)
+
+
+def test_a_frozen_norm_keeps_nothing_but_its_input() -> None:
+    x = torch.randn(64, 96, dtype=torch.bfloat16, requires_grad=True)
+    kept: list[Tensor] = []
+
+    def keep(tensor: Tensor) -> Tensor:
+        kept.append(tensor)
+        return tensor
+
+    layer = fuse_norms(norm(dtype=torch.bfloat16))
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        layer(x)
+    assert sum(t.numel() * t.element_size() for t in kept) == (64 + 1) * 96 * 2
