@@ -16,7 +16,7 @@ use half::bf16;
 use std::ops::Range;
 
 /// Rows of W are multiplied in strips of a multiple of this many: a multiple of the kernels' tiles of up
-/// to 16 rows, small enough that two cores finish together on a layer of 576 rows.
+/// to 16 rows.
 const STRIP_ROWS: usize = 16;
 
 /// Rows of a strip, at most.

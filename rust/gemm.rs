@@ -146,10 +146,10 @@ impl<'a, T: Element> Product<'a, T> {
         self.low_rank.map_or(0, |low_rank| low_rank.rank)
     }
 
-    /// The factor that activations meet first, and the one that leads to the result.
+    /// The factor that activations meet first, and the one that leads to the result; none of rank 0.
     #[must_use]
     pub(crate) fn factors(&self) -> Option<(Factor<'a>, Factor<'a>)> {
-        let LowRank { a, b, rank, .. } = self.low_rank?;
+        let LowRank { a, b, rank, .. } = self.low_rank.filter(|low_rank| low_rank.rank > 0)?;
         let (a, b) =
             (Factor { values: a, columns: self.matrix.columns() }, Factor { values: b, columns: rank });
         Some(if self.direction == Direction::Forward { (a, b) } else { (b, a) })
@@ -227,7 +227,7 @@ impl<'a, T: Element> Product<'a, T> {
         let mut tasks = activations.tasks(false);
         tasks.extend(scales.tasks());
         parallel::for_each(tasks, threads, |task| self.prepare::<C>(kernels, tokens.start, task));
-        if self.low_rank.is_some() {
+        if self.rank() > 0 {
             self.write_hidden::<C>(kernels, &activations, count, hidden, threads);
             let tasks = activations.tasks(true);
             parallel::for_each(tasks, threads, |task| self.pack_hidden::<C>(kernels, hidden, task));

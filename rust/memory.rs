@@ -56,8 +56,8 @@ thread_local! {
     static KEPT: RefCell<Vec<Buffer>> = const { RefCell::new(Vec::new()) };
 }
 
-/// A call holds six at a time: activations, scales, weights, sums, and both factors' parts.
-const MOST_KEPT: usize = 6;
+/// A call holds five at a time: activations, hidden activations, sums, scales and weights.
+const MOST_KEPT: usize = 5;
 
 /// Numbers that scratch memory may be seen as.
 ///

@@ -207,3 +207,16 @@ def test_the_packed_weight_gets_no_gradient_and_blocks_none(name: str) -> None:
     (y if name == "linear" else y[0]).sum().backward()
     assert x.grad.isfinite().all()
     assert all(parameter.grad is None for parameter in parameters)
+
+
+@pytest.mark.parametrize("adapted", [False, True])
+def test_batched_gradients_are_one_gradient_each(adapted: bool) -> None:
+    x, packed, a, b, _ = operands()
+    x, a, b = (t.detach().float() for t in (x, a, b))
+    x.requires_grad_()
+    y = qlora_rs.lora_linear(x, packed, a, b, 2.0) if adapted else qlora_rs.linear(x, packed)
+    directions = torch.randn(4, *y.shape)
+    (many,) = torch.autograd.grad(y, x, directions, retain_graph=True, is_grads_batched=True)
+    for got, direction in zip(many, directions, strict=True):
+        (expected,) = torch.autograd.grad(y, x, direction, retain_graph=True)
+        torch.testing.assert_close(got, expected)

@@ -86,6 +86,23 @@ def test_it_loads_through_transformers_and_bitsandbytes_with_equal_values(merged
         torch.testing.assert_close(theirs(ids).logits, ours(ids).logits, rtol=1e-3, atol=1e-3)
 
 
+def test_it_loads_without_a_tokenizer_for_those_who_bring_token_ids(
+    merged: Path, tmp_path: Path
+) -> None:
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    for name in ("config.json", "model.safetensors"):
+        shutil.copy(merged / name, bare / name)
+    loaded = load_quantized_folder(bare, "float32", with_tokenizer=False)
+    assert loaded.tokenizer is None
+    ids = torch.arange(20)[None]
+    assert torch.equal(
+        loaded.model(ids).logits, load_quantized_folder(merged, "float32").model(ids).logits
+    )
+    with pytest.raises(QloraError, match="could not be loaded"):
+        load_quantized_folder(bare, "float32")
+
+
 def test_merging_in_memory_gives_the_same_bytes(place: Path, merged: Path) -> None:
     loaded = load_quantized_folder(merged, "float32").model
     base = AutoModelForCausalLM.from_pretrained(place / "model", dtype=torch.float32)

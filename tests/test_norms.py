@@ -9,6 +9,8 @@ import pytest
 import tiny_llama
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.utils.checkpoint import checkpoint
 from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
@@ -86,7 +88,7 @@ def test_a_models_loss_and_gradients_stay(dtype: torch.dtype) -> None:
 
 
 def test_undone_copied_and_saved() -> None:
-    model = tiny_llama.dense()
+    model = tiny_llama.dense().requires_grad_(False)
     names, expected = list(model.state_dict()), model(IDS).logits
     fuse_norms(model)
     for other in (model, copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
@@ -128,7 +130,7 @@ def test_refusals_name_what_was_found(build, sentence: str) -> None:
 
 
 def test_unfusing_what_is_not_fused_is_refused() -> None:
-    with pytest.raises(QloraError, match="has no fused norms"):
+    with pytest.raises(QloraError, match="has no fused norms, or their forward was replaced"):
         unfuse_norms(norm())
 
 
@@ -138,11 +140,93 @@ def test_the_norms_own_way_where_ours_does_not_lead() -> None:
     assert torch.equal(fused(x.double()), own(x.double()))
     assert torch.equal(fused(x.bfloat16()), own(x.bfloat16()))
     assert torch.allclose(torch.func.vmap(fused)(x), own(x), atol=1e-6)
+    assert torch.equal(fused(hidden_states=x), own(x))
+    with forward_ad.dual_level():
+        tangents = [
+            forward_ad.unpack_dual(f(forward_ad.make_dual(x, torch.ones_like(x)))).tangent
+            for f in (fused, own)
+        ]
+    assert torch.equal(*tangents)
     fused.weight.requires_grad_(True)
     fused(x).sum().backward()
     own.weight.requires_grad_(True)
     own(x).sum().backward()
     assert torch.equal(fused.weight.grad, own.weight.grad)
+
+
+def test_a_compiler_follows_a_fused_norm_whole() -> None:
+    fused, x = fuse_norms(norm()), torch.randn(4, 96)
+    compiled = torch.compile(fused, fullgraph=True, backend="aot_eager")
+    assert torch.allclose(compiled(x), norm()(x), atol=1e-6)
+
+
+def test_second_and_batched_gradients_are_the_norms_own() -> None:
+    x = torch.randn(3, 96, requires_grad=True)
+    directions = torch.randn(5, 3, 96)
+
+    def gradients(layer: nn.Module) -> tuple[Tensor, Tensor]:
+        (first,) = torch.autograd.grad(layer(x).square().sum(), x, create_graph=True)
+        (second,) = torch.autograd.grad(first.square().sum(), x)
+        (many,) = torch.autograd.grad(layer(x), x, directions, is_grads_batched=True)
+        return second, many
+
+    for got, expected in zip(gradients(fuse_norms(norm())), gradients(norm()), strict=True):
+        assert torch.allclose(got, expected, rtol=1e-3, atol=1e-4)
+
+
+def test_gradient_checkpointing() -> None:
+    layer, x = fuse_norms(norm()), torch.randn(5, 96, requires_grad=True)
+    checkpoint(layer, x, use_reentrant=False).sum().backward()
+    assert torch.allclose(x.grad, both(norm(), x, torch.ones(5, 96))[1], atol=1e-6)
+
+
+@pytest.mark.parametrize("view", ["negated lazily", "transposed"])
+def test_a_weight_that_is_not_what_lies_in_memory(view: str) -> None:
+    made, own, x = norm(), norm(), torch.randn(4, 96)
+    weight = made.weight.data
+    views = {
+        "negated lazily": lambda: torch._neg_view(-weight),
+        "transposed": lambda: torch.stack([weight, weight]).t().contiguous()[:, 0],
+    }
+    made.weight.data = views[view]()
+    assert torch.allclose(fuse_norms(made)(x), own(x), atol=1e-6)
+
+
+class OtherRMSNorm(nn.Module):
+    """Named so, and something else."""
+
+    def __init__(self, answer: object) -> None:
+        super().__init__()
+        self.weight, self.eps = nn.Parameter(torch.ones(96)), 1e-6
+        self.answer = answer
+
+    def forward(self, x: Tensor, *more: Tensor) -> object:
+        return self.answer(x, *more)
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        lambda x, scale: x * scale,
+        lambda x: (x, x),
+        lambda x: x.double(),
+        lambda x: nn.functional.rms_norm(x, (1,)),
+        lambda x: x / x.square().mean(0, keepdim=True).sqrt(),
+    ],
+)
+def test_what_only_has_the_name_stays(answer) -> None:
+    model = nn.Sequential(OtherRMSNorm(answer), norm())
+    fuse_norms(model)
+    assert ["forward" in module.__dict__ for module in model] == [False, True]
+
+
+def test_a_forward_that_somebody_replaced_stays_theirs() -> None:
+    model = nn.Sequential(norm(), norm())
+    model[0].forward = lambda x: x
+    fuse_norms(model)
+    x = torch.randn(2, 96)
+    assert torch.equal(model[0](x), x)
+    assert isinstance(model[1].forward, FusedNorm)
 
 
 def test_a_frozen_norm_keeps_nothing_but_its_input() -> None:

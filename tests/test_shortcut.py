@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 import qlora_rs
 from qlora_rs import shortcut
@@ -78,7 +79,13 @@ def test_no_answer_where_the_usual_way_is_needed() -> None:
         assert refused(x.to("meta"))
         with torch.autocast("cpu", torch.bfloat16):
             assert refused()
-        assert torch.func.vmap(lambda row: made(row))(x).shape == (2, 48)
+        assert torch.allclose(torch.func.vmap(lambda row: made(row))(x), made(x), atol=1e-4)
+        with forward_ad.dual_level():
+            assert refused()
+        with torch.utils.flop_counter.FlopCounterMode(display=False):
+            assert refused()
+        with torch._subclasses.FakeTensorMode() as fake:
+            assert refused(fake.from_tensor(x))
         assert refused(which=layer(shape=(48, 100)))
         narrow = layer()
         narrow.compute_dtype = torch.bfloat16
@@ -97,7 +104,7 @@ def test_an_adapter_that_does_not_fit_is_left_to_the_usual_way_which_refuses() -
             made(torch.randn(1, 128))
 
 
-def test_no_answer_for_factors_that_are_not_plain_memory(monkeypatch) -> None:
+def test_no_answer_for_factors_that_are_not_plain_memory() -> None:
     made, x = layer(), torch.randn(1, 128)
     with torch.no_grad():
         expected = made(x)
@@ -106,7 +113,54 @@ def test_no_answer_for_factors_that_are_not_plain_memory(monkeypatch) -> None:
         assert torch.equal(made(x), expected)
 
 
-def test_dropout_is_not_passed_by(monkeypatch) -> None:
+@pytest.mark.parametrize("name", ["lora_A", "lora_B", "bias"])
+def test_lazily_negated_tensors_keep_their_sign(name: str) -> None:
+    made, x = layer(bias=True), torch.randn(1, 128)
+    with torch.no_grad():
+        expected = made(x)
+        tensor = getattr(made, name)
+        tensor.data = torch._neg_view(-tensor.data)
+        assert torch.equal(made(x), expected)
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        (lambda made: setattr(made.bias, "data", made.bias.data[None]), "bias must have shape"),
+        (lambda made: setattr(made.lora_A, "data", made.lora_A.data[0, 0]), "lora_a must be"),
+        (lambda made: setattr(made, "lora_A", nn.Parameter(made.lora_A.to("meta"))), "is on meta"),
+    ],
+)
+def test_the_usual_way_refuses_by_sentence(change, sentence: str) -> None:
+    made = layer(bias=True)
+    change(made)
+    with torch.no_grad(), pytest.raises(QloraError, match=sentence):
+        made(torch.randn(1, 128))
+
+
+def test_rank_zero_is_left_to_the_usual_way() -> None:
+    made = layer()
+    made.lora_A.data, made.lora_B.data = torch.empty(0, 128), torch.empty(48, 0)
+    with torch.no_grad(), pytest.raises(QloraError, match="r must be at least 1"):
+        made(torch.randn(1, 128))
+
+
+class Doubled(qlora_rs.QLoRALinear):
+    """Changes a step that the shortcut passes by."""
+
+    def inputs(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        return super().inputs(2 * x)
+
+
+def test_a_subclass_goes_its_own_way() -> None:
+    made, x = layer(), torch.randn(1, 128)
+    doubled = Doubled(made.without_adapter(), r=4)
+    doubled.load_state_dict(made.state_dict())
+    with torch.no_grad():
+        assert torch.equal(doubled(x), made(2 * x))
+
+
+def test_dropout_is_not_passed_by() -> None:
     made = layer()
     made.dropout = 0.5
     with torch.no_grad():

@@ -133,11 +133,17 @@ class NF4Linear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """x: [..., in] → [..., out] in x's dtype (autocast's, where that is on)."""
-        y = shortcut.product(self, x, None)
+        y = self._shortcut(x, None)
         if y is not None:
             return y
         inputs, bias = self.inputs(x)
         return self._outputs(autograd.linear(inputs, *self._arguments(), bias), x)
+
+    def _shortcut(self, x: Tensor, scaling: float | None) -> Tensor | None:
+        # A subclass may have changed what the shortcut passes by.
+        if type(self) not in (NF4Linear, QLoRALinear):
+            return None
+        return shortcut.product(self, x, scaling)
 
     @staticmethod
     def _outputs(y: Tensor, x: Tensor) -> Tensor:
@@ -267,7 +273,7 @@ class QLoRALinear(NF4Linear):
             return super().forward(x)
         drops = self.training and self.dropout > 0.0
         if not drops:
-            y = shortcut.product(self, x, self.scaling)
+            y = self._shortcut(x, self.scaling)
             if y is not None:
                 return y
         inputs, bias = self.inputs(x)

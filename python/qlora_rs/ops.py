@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from qlora_rs import cpu, gpu
 from qlora_rs.cpu import LowRank, Packed
@@ -312,19 +313,22 @@ for _kernel in (linear, linear_backward, lora_linear, lora_linear_backward):
     torch.library.register_kernel(f"qlora_rs::{_kernel.__name__}", ("cpu", "cuda"), _kernel)
 
 
+# Looked up once: this is asked for every layer of every token.
 _compiling = torch.compiler.is_compiling
 _transformed = torch._C._are_functorch_transforms_active
 _dispatch_modes = torch._C._len_torch_dispatch_stack
 _function_modes = torch._C._len_torch_function_stack
 _tracing = torch._C._get_tracing_state
+# Of torch.autograd.grad(..., is_grads_batched=True), which is no functional transform.
+_batched = torch._C._functorch.is_legacy_batchedtensor
 
 
 def runs_directly(x: Tensor) -> bool:
     """Whether a kernel may be called for x without torch's dispatcher.
 
     A call through the dispatcher costs as much as a small product. It is only needed where
-    somebody looks on (compilers, tracers, tensor subclasses, functional transforms, modes), and for
-    tensors that are not what lies in their memory.
+    somebody looks on (compilers, tracers, tensor subclasses, functional transforms, modes,
+    forward-mode differentiation), and for tensors that are not what lies in their memory.
     """
     return (
         not _compiling()
@@ -336,4 +340,6 @@ def runs_directly(x: Tensor) -> bool:
         and _dispatch_modes() == 0
         and _function_modes() == 0
         and _tracing() is None
+        and forward_ad._current_level < 0
+        and not _batched(x)
     )

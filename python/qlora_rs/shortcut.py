@@ -24,6 +24,18 @@ if TYPE_CHECKING:
 # The parameters of a layer that hold its packed weight, in the order of the operators' arguments.
 PACKED = ("weight", "absmax", "nested_absmax", "nested_offset", "nested_map")
 
+# What a tensor raises that is kept elsewhere, on another device, of another type, or with gaps.
+_NOT_THIS_WAY = (
+    AttributeError,
+    BufferError,
+    IndexError,
+    KeyError,
+    QloraError,
+    RuntimeError,
+    TypeError,
+)
+
+# Looked up once: each look-up costs a part of a product's time, hundreds of times per token.
 _empty, _threads = torch.empty, torch.get_num_threads
 _grad_enabled, _autocast_enabled = torch.is_grad_enabled, torch.is_autocast_enabled
 
@@ -58,10 +70,18 @@ def product(layer: NF4Linear, x: Tensor, scaling: float | None) -> Tensor | None
         if scaling is not None:
             lora_a, lora_b = held["lora_A"], held["lora_B"]
             rank = lora_a.size(0)
-            if lora_a.shape != (rank, columns) or lora_b.shape != (size[0], rank):
+            if (
+                rank < 1
+                or lora_a.shape != (rank, columns)
+                or lora_b.shape != (size[0], rank)
+                or lora_a.is_neg()
+                or lora_b.is_neg()
+            ):
                 return None
             adapter = (to_dlpack(lora_a), to_dlpack(lora_b), rank, scaling, None)
         bias = held["bias"]
+        if bias is not None and (bias.shape != (size[0],) or bias.is_neg()):
+            return None
         y = _empty((*shape[:-1], size[0]), dtype=dtype)
         _rust.multiply(
             False,
@@ -75,8 +95,7 @@ def product(layer: NF4Linear, x: Tensor, scaling: float | None) -> Tensor | None
             to_dlpack(y),
             _threads(),
         )
-    # A tensor kept elsewhere, on another device, of another type, with gaps: refused before
-    # anything is computed.
-    except (AttributeError, BufferError, KeyError, QloraError, TypeError):
+    # Raised before anything is computed.
+    except _NOT_THIS_WAY:
         return None
     return y

@@ -59,7 +59,8 @@ fn check<T: Element>(case: Case, write: Write<T>, rounding: f64, error: f64) -> 
         matrix,
         activations: &x,
         tokens,
-        low_rank: (rank > 0).then_some(low_rank),
+        // A part of rank 0 adds nothing, like none.
+        low_rank: (rank > 0 || seed.is_multiple_of(2)).then_some(low_rank),
         bias: with_bias.then_some(&bias),
     };
     for path in available() {

@@ -87,8 +87,6 @@ pub(super) fn decode_absmax(nested: &NestedScales<'_>, first: usize, out: &mut [
     });
 }
 
-/// Sixteen partial sums: the compiler keeps them in vector registers, and the rounding error grows
-/// with a sixteenth of the length.
 fn matrix_vector(matrix: &[f32], x: &[f32], out: &mut [f32]) {
     assert_eq!(matrix.len(), out.len() * x.len(), "a row per result");
     for (i, out) in out.iter_mut().enumerate() {
@@ -96,6 +94,8 @@ fn matrix_vector(matrix: &[f32], x: &[f32], out: &mut [f32]) {
     }
 }
 
+/// Sixteen partial sums: the compiler keeps them in vector registers, and the rounding error grows
+/// with a sixteenth of the length.
 fn dot(a: &[f32], b: &[f32]) -> f32 {
     let mut sums = [0.0_f32; 16];
     let (a, a_tail) = a.as_chunks::<16>();
