@@ -90,28 +90,38 @@ pub(super) fn linear(x: &[bf16], strip: &Strip<'_>, out: &mut [f32]) {
     if strip.tokens > MOST_TOKENS {
         return avx512_bf16_rows::linear(x, strip, out);
     }
+    if strip.columns.is_multiple_of(PREPARED_MULTIPLE) {
+        tiles::<false>(x, strip, rows, out);
+    } else {
+        tiles::<true>(x, strip, rows, out);
+    }
+}
+
+/// What `linear` has checked, a tile of rows at a time.
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,fma")]
+fn tiles<const TAIL: bool>(x: &[bf16], strip: &Strip<'_>, rows: usize, out: &mut [f32]) {
     let tall = if strip.tokens > 4 { 2 } else { 4 };
     let mut row = 0;
     while row < rows {
-        // SAFETY: the lengths were checked above; `row + R <= rows`, `M == strip.tokens`.
+        // SAFETY: `linear` has checked the lengths; `row + R <= rows`, `M == strip.tokens`.
         row += unsafe {
             match (strip.tokens, rows - row >= tall) {
-                (1, true) => row_tile::<4>(x, strip, row, out),
-                (1, false) => row_tile::<1>(x, strip, row, out),
-                (2, true) => tile::<4, 2>(x, strip, row, out),
-                (2, false) => tile::<1, 2>(x, strip, row, out),
-                (3, true) => tile::<4, 3>(x, strip, row, out),
-                (3, false) => tile::<1, 3>(x, strip, row, out),
-                (4, true) => tile::<4, 4>(x, strip, row, out),
-                (4, false) => tile::<1, 4>(x, strip, row, out),
-                (5, true) => tile::<2, 5>(x, strip, row, out),
-                (5, false) => tile::<1, 5>(x, strip, row, out),
-                (6, true) => tile::<2, 6>(x, strip, row, out),
-                (6, false) => tile::<1, 6>(x, strip, row, out),
-                (7, true) => tile::<2, 7>(x, strip, row, out),
-                (7, false) => tile::<1, 7>(x, strip, row, out),
-                (_, true) => tile::<2, 8>(x, strip, row, out),
-                (_, false) => tile::<1, 8>(x, strip, row, out),
+                (1, true) => row_tile::<4, TAIL>(x, strip, row, out),
+                (1, false) => row_tile::<1, TAIL>(x, strip, row, out),
+                (2, true) => tile::<4, 2, TAIL>(x, strip, row, out),
+                (2, false) => tile::<1, 2, TAIL>(x, strip, row, out),
+                (3, true) => tile::<4, 3, TAIL>(x, strip, row, out),
+                (3, false) => tile::<1, 3, TAIL>(x, strip, row, out),
+                (4, true) => tile::<4, 4, TAIL>(x, strip, row, out),
+                (4, false) => tile::<1, 4, TAIL>(x, strip, row, out),
+                (5, true) => tile::<2, 5, TAIL>(x, strip, row, out),
+                (5, false) => tile::<1, 5, TAIL>(x, strip, row, out),
+                (6, true) => tile::<2, 6, TAIL>(x, strip, row, out),
+                (6, false) => tile::<1, 6, TAIL>(x, strip, row, out),
+                (7, true) => tile::<2, 7, TAIL>(x, strip, row, out),
+                (7, false) => tile::<1, 7, TAIL>(x, strip, row, out),
+                (_, true) => tile::<2, 8, TAIL>(x, strip, row, out),
+                (_, false) => tile::<1, 8, TAIL>(x, strip, row, out),
             }
         };
     }
@@ -150,7 +160,12 @@ pub(super) fn table(low: __m512, high: __m512) -> __m512i {
 /// The lengths that `linear` checks, for rows `row..row + R` and a single token.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,fma")]
-unsafe fn row_tile<const R: usize>(x: &[bf16], strip: &Strip<'_>, row: usize, out: &mut [f32]) -> usize {
+unsafe fn row_tile<const R: usize, const TAIL: bool>(
+    x: &[bf16],
+    strip: &Strip<'_>,
+    row: usize,
+    out: &mut [f32],
+) -> usize {
     // SAFETY: the array holds the 16 floats that are read.
     let levels = unsafe { _mm512_loadu_ps(LEVELS.as_ptr()) };
     let levels = _mm512_mul_ps(levels, _mm512_set1_ps(LEVEL_FACTOR));
@@ -159,7 +174,7 @@ unsafe fn row_tile<const R: usize>(x: &[bf16], strip: &Strip<'_>, row: usize, ou
     // Lanes of a sum cover eight weights each, as those of `linear_f32` do.
     let lanes = absmax_lanes(strip);
     let (blocks, block_shift) = (strip.blocks(), strip.block_size.trailing_zeros());
-    let rows = Codes::<R>::new(strip, row);
+    let rows = Codes::<R, TAIL>::new(strip, row);
     let mut sums = [[_mm512_setzero_ps(); 1]; R];
     for step in 0..strip.columns.div_ceil(PREPARED_MULTIPLE) {
         let mut activations = [_mm512_setzero_si512(); 4];
@@ -198,7 +213,7 @@ unsafe fn row_tile<const R: usize>(x: &[bf16], strip: &Strip<'_>, row: usize, ou
 /// The lengths that `linear` checks, for rows `row..row + R` and M tokens.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,fma")]
-unsafe fn tile<const R: usize, const M: usize>(
+unsafe fn tile<const R: usize, const M: usize, const TAIL: bool>(
     x: &[bf16],
     strip: &Strip<'_>,
     row: usize,
@@ -208,7 +223,7 @@ unsafe fn tile<const R: usize, const M: usize>(
     let levels = unsafe { _mm512_loadu_ps(LEVELS.as_ptr()) };
     // Block sizes are powers of two; a division here would cost as much as the step.
     let (blocks, block_shift) = (strip.blocks(), strip.block_size.trailing_zeros());
-    let rows = Codes::<R>::new(strip, row);
+    let rows = Codes::<R, TAIL>::new(strip, row);
     // Blocks of 64: the upper 16 lanes belong to a second block, whose levels fill the upper half
     // of the table. Longer blocks: both halves hold the same levels.
     let second = |step: usize| usize::from(strip.block_size == 64 && !ends_inside(strip, step));

@@ -75,7 +75,7 @@ fn rows_of_products<const R: usize>(
 fn decode<const R: usize>(strip: &Strip<'_>, row: usize, out: &mut [Decoded<R>]) {
     // SAFETY: the array holds the 16 floats that are read.
     let levels = unsafe { _mm512_loadu_ps(LEVELS.as_ptr()) };
-    let rows = Codes::<R>::new(strip, row);
+    let rows = Codes::<R, true>::new(strip, row);
     let block_shift = strip.block_size.trailing_zeros();
     // As in `avx512_bf16_linear::tile`.
     let second = |step: usize| usize::from(strip.block_size == 64 && !ends_inside(strip, step));

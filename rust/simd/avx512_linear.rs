@@ -117,36 +117,32 @@ pub(super) fn ends_inside(strip: &Strip<'_>, step: usize) -> bool {
     (step + 1) * PREPARED_MULTIPLE > strip.columns
 }
 
-/// The codes of a tile's rows, a step at a time.
-pub(super) struct Codes<'a, const R: usize> {
+/// The codes of a tile's rows, a step at a time. `TAIL`: whether rows may end inside a step.
+pub(super) struct Codes<'a, const R: usize, const TAIL: bool> {
     rows: [&'a [u8]; R],
-    /// What is left of each row after its whole steps, and zeros after it.
-    rests: [[u8; STEP_BYTES]; R],
 }
 
-impl<'a, const R: usize> Codes<'a, R> {
+impl<'a, const R: usize, const TAIL: bool> Codes<'a, R, TAIL> {
     pub(super) fn new(strip: &Strip<'a>, first_row: usize) -> Self {
         let bytes = strip.columns / 2;
-        let rows = std::array::from_fn(|r| &strip.codes[(first_row + r) * bytes..][..bytes]);
-        let mut rests = [[0; STEP_BYTES]; R];
-        for (row, rest) in rows.iter().zip(&mut rests) {
-            let (_, codes) = row.as_chunks::<STEP_BYTES>();
-            if !codes.is_empty() {
-                rest[..codes.len()].copy_from_slice(codes);
-            }
-        }
-        Self { rows, rests }
+        Self { rows: std::array::from_fn(|r| &strip.codes[(first_row + r) * bytes..][..bytes]) }
     }
 
-    /// The codes of row `r`'s 128 weights in a step. A choice between two addresses, not between two
-    /// kinds of load: a branch here would keep the compiler from mixing the rows' instructions.
+    /// The codes of row `r`'s 128 weights in a step; zeros past the row's end. All steps are masked
+    /// where one has to be: a branch here would keep the compiler from mixing the rows' instructions.
     #[inline]
-    #[target_feature(enable = "avx512f")]
+    #[target_feature(enable = "avx512f,avx512bw")]
     pub(super) fn load(&self, r: usize, step: usize) -> __m512i {
-        let at = step * STEP_BYTES;
-        let whole = at + STEP_BYTES <= self.rows[r].len();
-        let from = if whole { self.rows[r].as_ptr().wrapping_add(at) } else { self.rests[r].as_ptr() };
-        // SAFETY: 64 bytes are readable: they end inside the row, or are the array.
+        let (row, at) = (self.rows[r], step * STEP_BYTES);
+        let left = row.len().saturating_sub(at).min(STEP_BYTES);
+        let from = row.as_ptr().wrapping_add(at).cast();
+        if TAIL {
+            let mask = u64::MAX.unbounded_shr((STEP_BYTES - left) as u32);
+            // SAFETY: the mask admits the bytes up to the row's end.
+            return unsafe { _mm512_maskz_loadu_epi8(mask, from) };
+        }
+        assert!(left == STEP_BYTES, "rows are whole steps");
+        // SAFETY: 64 bytes are left in the row.
         unsafe { _mm512_loadu_si512(from.cast()) }
     }
 
@@ -162,7 +158,7 @@ impl<'a, const R: usize> Codes<'a, R> {
 /// Cut a strip into tiles of four rows (then one) by four tokens (then two, one): the accumulators
 /// and decoded weights of a tile fit in 32 registers. Checks the lengths that the tiles rely on.
 macro_rules! tile_rows_and_tokens {
-    ($tile:ident, $x:expr, $strip:expr, $out:expr) => {{
+    ($tile:ident, $tail:expr, $x:expr, $strip:expr, $out:expr) => {{
         let (x, strip, out) = ($x, $strip, $out);
         let prepared = strip.columns.next_multiple_of(PREPARED_MULTIPLE);
         let rows = out.len() / strip.tokens;
@@ -178,12 +174,12 @@ macro_rules! tile_rows_and_tokens {
                 // SAFETY: the lengths were checked above; `row + R <= rows`, `token + M <= tokens`.
                 token += unsafe {
                     match (strip.tokens - token, tall) {
-                        (1, true) => $tile::<4, 1>(x, strip, row, out),
-                        (1, false) => $tile::<1, 1>(x, strip, row, out),
-                        (2..4, true) => $tile::<4, 2>(x, strip, row, out),
-                        (2..4, false) => $tile::<1, 2>(x, strip, row, out),
-                        (_, true) => $tile::<4, 4>(x, strip, row, out),
-                        (_, false) => $tile::<1, 4>(x, strip, row, out),
+                        (1, true) => $tile::<4, 1, $tail>(x, strip, row, out),
+                        (1, false) => $tile::<1, 1, $tail>(x, strip, row, out),
+                        (2..4, true) => $tile::<4, 2, $tail>(x, strip, row, out),
+                        (2..4, false) => $tile::<1, 2, $tail>(x, strip, row, out),
+                        (_, true) => $tile::<4, 4, $tail>(x, strip, row, out),
+                        (_, false) => $tile::<1, 4, $tail>(x, strip, row, out),
                     }
                 };
             }
@@ -194,7 +190,16 @@ macro_rules! tile_rows_and_tokens {
 
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,fma")]
 pub(super) fn linear_f32(x: &[f32], strip: &Strip<'_>, out: &mut [f32]) {
-    tile_rows_and_tokens!(tile_f32, x, strip, out);
+    if strip.columns.is_multiple_of(PREPARED_MULTIPLE) {
+        tiles_f32::<false>(x, strip, out);
+    } else {
+        tiles_f32::<true>(x, strip, out);
+    }
+}
+
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,fma")]
+fn tiles_f32<const TAIL: bool>(x: &[f32], strip: &Strip<'_>, out: &mut [f32]) {
+    tile_rows_and_tokens!(tile_f32, TAIL, x, strip, out);
 }
 
 /// `R` rows times `M` tokens in f32; returns M.
@@ -203,7 +208,7 @@ pub(super) fn linear_f32(x: &[f32], strip: &Strip<'_>, out: &mut [f32]) {
 /// The lengths that `tile_rows_and_tokens` checks, for rows `row..row + R` and tokens `0..M` of x.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,fma")]
-unsafe fn tile_f32<const R: usize, const M: usize>(
+unsafe fn tile_f32<const R: usize, const M: usize, const TAIL: bool>(
     x: &[f32],
     strip: &Strip<'_>,
     row: usize,
@@ -214,7 +219,7 @@ unsafe fn tile_f32<const R: usize, const M: usize>(
     let lanes = absmax_lanes(strip);
     // Block sizes are powers of two; a division here would cost as much as the step.
     let (blocks, block_shift) = (strip.blocks(), strip.block_size.trailing_zeros());
-    let rows = Codes::<R>::new(strip, row);
+    let rows = Codes::<R, TAIL>::new(strip, row);
     let prepared = strip.columns.next_multiple_of(PREPARED_MULTIPLE);
     let mut sums = [[_mm512_setzero_ps(); M]; R];
     for step in 0..prepared / PREPARED_MULTIPLE {
