@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
+from torch.utils.flop_counter import FlopCounterMode
 
 import qlora_rs
 from qlora_rs import shortcut
@@ -82,7 +83,7 @@ def test_no_answer_where_the_usual_way_is_needed() -> None:
         assert torch.allclose(torch.func.vmap(lambda row: made(row))(x), made(x), atol=1e-4)
         with forward_ad.dual_level():
             assert refused()
-        with torch.utils.flop_counter.FlopCounterMode(display=False):
+        with FlopCounterMode(display=False):
             assert refused()
         with torch._subclasses.FakeTensorMode() as fake:
             assert refused(fake.from_tensor(x))
