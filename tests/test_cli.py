@@ -137,7 +137,7 @@ def test_doctor_reports_a_broken_operator_instead_of_breaking(
             ["generate", "--model", "nomodel", "--data", "nodata", "--adapter", "a"],
             "and nodata does not exist; give the path of a JSONL file; and a is not an adapter",
         ),
-        (["merge", "nomodel", "a", "out"], "nomodel does not exist"),
+        (["merge", "nomodel", "a", "out"], "`hf download`); and a is not an adapter directory"),
         (["finetune", "--output", "x", "--epochs", "x"], "--epochs: invalid float value: 'x'"),
         (["finetune"], "required: --output (`qlora-rs finetune --help` lists the options)"),
         (["tune"], "invalid choice: 'tune'"),

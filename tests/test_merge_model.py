@@ -174,7 +174,7 @@ def test_hybrid_keeps_a_small_adapter_beside_a_closer_merge() -> None:
 def test_a_limit_refuses_and_leaves_the_model_as_it_was() -> None:
     model = tiny_llama.with_adapter()
     before = bytes_of(model)
-    with pytest.raises(QloraError, match=r"above the limit 1e-09.*use method"):
+    with pytest.raises(QloraError, match=r"above the limit 1e-09.*use the method"):
         qlora_rs.merge_model(model, "nearest", text(), limit_kl=1e-9)
     assert equal(before, bytes_of(model))
     with pytest.raises(QloraError, match="needs text to measure on"):

@@ -397,10 +397,14 @@ def _add_merge(commands: Any) -> None:
         type=int,
         default=12288,
         metavar="N",
-        help="tokens to calibrate on (%(default)s)",
+        help="tokens to calibrate on, 512 or more (%(default)s)",
     )
     parser.add_argument(
-        "--length", type=int, default=512, metavar="N", help="tokens per row (%(default)s)"
+        "--length",
+        type=int,
+        default=512,
+        metavar="N",
+        help="tokens per row, 16 or more (%(default)s)",
     )
     parser.add_argument(
         "--hybrid-rank",

@@ -118,7 +118,7 @@ class MergeReport:
         if erased and not (self.method == "distilled" and self.merged is not None):
             worst = max(erased, key=lambda layer: layer.error_to_update)
             remedy = (
-                'use method="calibrated" with text like your training data'
+                'use the method "calibrated" with text like your training data'
                 if self.method == "nearest"
                 else "train longer, give more calibration text, keep some directions apart "
                 "(hybrid_rank) or keep the adapter separate"
@@ -145,8 +145,8 @@ class MergeReport:
             )
         if self.merged.kl > limit_kl:
             better = {
-                "nearest": 'use method="calibrated" or "distilled"',
-                "calibrated": 'use method="distilled", or hybrid_rank to keep some directions',
+                "nearest": 'use the method "calibrated" or "distilled"',
+                "calibrated": 'use the method "distilled", or hybrid_rank to keep some directions',
                 "distilled": "give more calibration text, or keep the adapter separate",
             }[self.method]
             raise QloraError(
@@ -189,7 +189,7 @@ def report_table(report: MergeReport) -> str:
         )
         row("against plain rounding", f"{report.mean_ratio_to_nearest:.3f} of its error (mean)")
     if report.merged is not None:
-        row("held-out tokens", f"{report.held_out_tokens:,}")
+        row("held-out tokens scored", f"{report.held_out_tokens:,}")
         row("KL to the unmerged model", _against(report, "kl", "{:.4g} nats per token"))
         row("same likeliest token", _against(report, "top1_agreement", "{:.1%}"))
         row("loss", _against(report, "loss", "{:.4f}"))
@@ -199,7 +199,8 @@ def report_table(report: MergeReport) -> str:
         if kept is not None and plain is not None:
             row("gain of training kept", f"{kept:.1%} (plain rounding {plain:.1%})")
     if report.calibration_tokens:
-        row("calibrated on", f"{report.calibration_tokens:,} tokens")
+        label = "layers measured on" if report.method == "nearest" else "calibrated on"
+        row(label, f"{report.calibration_tokens:,} tokens")
     row("peak extra memory", f"{report.extra_bytes / 1e6:.1f} MB")
     stages = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in report.seconds.items())
     row("time", stages or "-")

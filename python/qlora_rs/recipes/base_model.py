@@ -92,7 +92,7 @@ def check_model_path(path: str | Path) -> Path:
             raise QloraError('reading .gguf files needs the package gguf: pip install "gguf>=0.17"')
     else:
         raise QloraError(
-            f"{path} does not exist; --model takes a local model directory or .gguf file "
+            f"{path} does not exist; give a local model directory or .gguf file "
             "(nothing is downloaded: fetch a model first, for example with `hf download`)"
         )
     return path

@@ -26,7 +26,8 @@ from qlora_rs.merging.report import MergeReport, plot_layers
 from qlora_rs.merging.solve import REVISION
 from qlora_rs.model import lora_layers, replace_module
 from qlora_rs.recipes import base_model
-from qlora_rs.recipes.base_model import BaseModel, check_model_path, load_base_model
+from qlora_rs.recipes.base_model import BaseModel, load_base_model
+from qlora_rs.recipes.generate import check_paths
 from qlora_rs.recipes.merge_page import merge_page
 from qlora_rs.recipes.merge_store import LayerStore
 from qlora_rs.recipes.merge_text import Batch, digest, generate_calibration, read_calibration
@@ -105,6 +106,7 @@ def merge_checkpoint(
     progress = progress or Progress(quiet=True)
     started = time.monotonic()
     output = Path(settings.output).expanduser()
+    check_paths(settings.base, Path(settings.adapter).expanduser())
     _check_output(output, overwrite)
     notes: list[str] = []
     base = _load(settings, notes, progress)
@@ -182,8 +184,6 @@ def _load(settings: MergeSettings, notes: list[str], progress: Progress) -> Base
     """The unmerged model, quantized as the adapter was trained."""
     adapter = Path(settings.adapter).expanduser()
     run = _training_run(adapter)
-    if not is_quantized_folder(settings.base):
-        check_model_path(settings.base)
     progress.stage(f"Loading {settings.base}")
     if is_quantized_folder(settings.base):
         base = load_quantized_folder(settings.base, settings.dtype)
@@ -270,10 +270,11 @@ def _text(
     run = _training_run(Path(settings.adapter).expanduser())
     if settings.calibration is not None:
         return _read(settings, "--calibration", settings.calibration, base, settings.tokens)
+    used = "measured" if settings.method == "nearest" else "calibrated"
     if run is not None and Path(run.data).is_file():
-        notes.append(f"calibrated on the training data, {run.data}")
+        notes.append(f"{used} on the training data, {run.data}")
         return read_calibration(Path(run.data), base.tokenizer, settings.tokens, settings.length)
-    notes.append("calibrated on text that the unmerged model wrote itself, as none was given")
+    notes.append(f"{used} on text that the unmerged model wrote itself, as none was given")
     clock = _Clock(progress)
     return generate_calibration(
         base.model,
