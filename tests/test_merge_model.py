@@ -187,7 +187,7 @@ def test_a_lost_update_is_warned_of() -> None:
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
             parameter.data *= 1e-3
-    with pytest.warns(UserWarning, match=r"as good as lost there; use method=.calibrated"):
+    with pytest.warns(UserWarning, match=r"as good as lost there; use the method .calibrated"):
         qlora_rs.merge_model(model, "nearest", text())
 
 
