@@ -89,13 +89,14 @@ class FusedNorm(OwnForward):
 
     def _fits(self, x: Any) -> bool:
         weight = self.module.weight
-        return not (
-            not ops.runs_directly(x)
-            or not (x.is_cpu and weight.is_cpu)
-            or x.dtype is not weight.dtype
-            or x.dtype not in ops.FLOATS
-            or x.shape[-1:] != weight.shape
-            or (weight.requires_grad and torch.is_grad_enabled())
+        return (
+            ops.runs_directly(x)
+            and x.is_cpu
+            and weight.is_cpu
+            and x.dtype is weight.dtype
+            and x.dtype in ops.FLOATS
+            and x.shape[-1:] == weight.shape
+            and not (weight.requires_grad and torch.is_grad_enabled())
         )
 
 
