@@ -3,10 +3,10 @@
     r = 1 / √(mean x² + ε)      y = w ∘ (x r)                       (arXiv 1910.07467, equation 4)
     g = w ∘ dY                  dX = r (g - x r mean(g ∘ x r))      (differentiated by hand)
 
-Written out in torch, as transformers has it, a norm is eight operators forward and some twenty
-backward, each of which reads and writes all activations, and it keeps a float32 copy of them. A
-model has two norms for every seven linear layers, so they show. The arithmetic is
-`rust/rms_norm.rs`: float32, rounded where the written-out norm rounds.
+Written out in torch, as transformers has it, a norm is eight operators forward and more backward,
+each of which reads and writes all activations, and it keeps a float32 copy of them. A model has two
+norms for every seven linear layers, so they show. The arithmetic is `rust/rms_norm.rs`: float32,
+rounded where the written-out norm rounds.
 """
 
 from __future__ import annotations
@@ -83,9 +83,8 @@ class FusedNorm(OwnForward):
             if torch.is_grad_enabled() and x.requires_grad:
                 return _Norm.apply(x, weight, epsilon)
             return _rms_norm(x, weight, epsilon)
-        if self.replaced is None:  # as a compiler can follow it
-            return type(self.module).forward(self.module, *arguments, **options)
-        return self.replaced(*arguments, **options)
+        # Not `__wrapped__`, which makes a method: a compiler could not follow that.
+        return type(self.module).forward(self.module, *arguments, **options)
 
     def _fits(self, x: Any) -> bool:
         weight = self.module.weight
@@ -137,15 +136,15 @@ def _rms_norm(x: Tensor, weight: Tensor, epsilon: float, grad: Tensor | None = N
     return out
 
 
-def _epsilon(norm: Any) -> float:
-    """ε under the name that transformers gives it, or torch."""
-    return norm.variance_epsilon if hasattr(norm, "variance_epsilon") else norm.eps
+def _epsilon(norm: Any) -> Any:
+    """ε under the name that transformers gives it, or torch; None where there is none."""
+    return getattr(norm, "variance_epsilon", getattr(norm, "eps", None))
 
 
 def _is_root_mean_square(norm: Any) -> bool:
     """Whether the norm, on a rehearsal, does what ours does."""
     weight: Any = getattr(norm, "weight", None)
-    epsilon = getattr(norm, "variance_epsilon", getattr(norm, "eps", None))
+    epsilon = _epsilon(norm)
     if (
         [name for name, _ in norm.named_parameters()] != ["weight"]
         or not isinstance(epsilon, float)

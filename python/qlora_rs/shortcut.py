@@ -1,7 +1,7 @@
 """The shortest way through a layer, for models that answer token by token on a CPU.
 
-A small model calls hundreds of layers per token, and a layer's product of one row takes some 20 µs:
-as long as Python needs for what every layer asks before it computes (who looks on, what is to be
+A small model calls hundreds of layers per token, and a layer's product of one row takes no longer
+than Python needs for what every layer asks before it computes (who looks on, what is to be
 differentiated, what fits) and for handing its tensors down. Here one function asks the same in the
 fewest steps. Where an answer is not the usual one, it computes nothing and leaves the call to the
 usual way, which knows what to do or whom to refuse.

@@ -124,10 +124,9 @@ def load_quantized_folder(
     """Load a folder of NF4 weights that we or bitsandbytes wrote, without bitsandbytes.
 
     dtype: of everything that is not packed. with_tokenizer: False leaves it out (None), for those
-    who bring token ids; one of 49,000 words takes some 30 MB. Memory: the folder's tensors, and as
-    much again of the system's file cache while they are read; the dense model never exists. Raises
-    QloraError when something is missing, damaged or of another kind; nothing is unpickled or
-    downloaded.
+    who bring token ids. Memory: the folder's tensors, and as much again of the system's file cache
+    while they are read; the dense model never exists. Raises QloraError when something is missing,
+    damaged or of another kind; nothing is unpickled or downloaded.
     """
     path = Path(path).expanduser()
     transformers = import_transformers()
