@@ -32,8 +32,8 @@ use tile::{BLOCK_STEPS, Block, MOST_STEPS, PANEL, Packable, Tile};
 /// Outputs of a block of decoded weights, at most.
 const BLOCK_OUTPUTS: usize = 288;
 
-/// Packed activations and running sums may take this much per thread.
-const BYTES_PER_THREAD: usize = 4 << 20;
+/// Packed activations may take this much per thread.
+const BYTES_PER_THREAD: usize = (4 << 20) + (1 << 18);
 
 /// Tokens multiplied at a time: their running sums for a block are half a megabyte of f32.
 const MOST_TOKENS: usize = 512;
@@ -197,7 +197,10 @@ impl<'a, T: Element> Product<'a, T> {
         }
         let steps: usize = Span::cut::<C>(self.depth(), rank).iter().map(Span::steps::<C>).sum();
         let panel_bytes = steps.max(1) * 2 * size_of::<Tile>();
-        let panels = (BYTES_PER_THREAD * threads / panel_bytes).clamp(1, MOST_TOKENS / PANEL);
+        let most = (BYTES_PER_THREAD * threads / panel_bytes).clamp(1, MOST_TOKENS / PANEL);
+        // Every pass decodes all weights: as few as memory allows, and none of them for a small rest.
+        let panels = self.tokens.div_ceil(PANEL);
+        let panels = panels.div_ceil(panels.div_ceil(most).max(1)).max(1);
         for first in (0..self.tokens).step_by(panels * PANEL) {
             let tokens = first..self.tokens.min(first + panels * PANEL);
             let out = &mut out[tokens.start * outputs..tokens.end * outputs];
@@ -289,19 +292,19 @@ impl<'a, T: Element> Product<'a, T> {
                 (loops.multiply)(&block, &mut sums);
             }
         }
-        // The last span goes panel by panel of weights: what becomes a result is still at hand.
+        // The last span goes by two panels of weights: what becomes a result is still at hand.
         let last = spans.len().saturating_sub(1);
-        for (panel, sums) in sums.chunks_exact_mut(panels * 4).enumerate() {
-            let first = panel * PANEL;
-            let width = (outputs.len() - first).min(PANEL);
+        for (pair, sums) in sums.chunks_mut(2 * panels * 4).enumerate() {
+            let first = 2 * pair * PANEL;
+            let width = (outputs.len() - first).min(2 * PANEL);
             if let Some(span) = spans.last() {
-                let steps = span.steps::<C>();
+                let tiles = span.steps::<C>() * 2;
                 let block = Block {
-                    weights: &weights[panel * steps * 2..][..steps * 2],
+                    weights: &weights[2 * pair * tiles..][..width.div_ceil(PANEL) * tiles],
                     activations: activations.span(last),
-                    activation_steps: steps,
+                    activation_steps: span.steps::<C>(),
                     next: &activations.span(0)[..0],
-                    steps,
+                    steps: span.steps::<C>(),
                     width,
                     tokens,
                     start: last == 0,
@@ -309,10 +312,12 @@ impl<'a, T: Element> Product<'a, T> {
                 };
                 (loops.multiply)(&block, sums);
             }
-            let bias = self.bias.map(|bias| &bias[outputs.start + first..]);
             for (i, sums) in sums.as_chunks_mut::<4>().0.iter_mut().enumerate() {
-                let size = (width, (tokens - i * PANEL).min(PANEL));
-                self.store(kernels, sums, first, i * PANEL, size, bias, &mut rows, out);
+                let first = first + i / panels * PANEL;
+                let bias = self.bias.map(|bias| &bias[outputs.start + first..]);
+                let (first_token, width) = (i % panels * PANEL, (outputs.len() - first).min(PANEL));
+                let size = (width, (tokens - first_token).min(PANEL));
+                self.store(kernels, sums, first, first_token, size, bias, &mut rows, out);
             }
         }
     }

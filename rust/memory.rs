@@ -79,8 +79,10 @@ impl Scratch {
         // A thread that is ending has no kept buffers any more.
         let kept = KEPT.try_with(|kept| {
             let mut kept = kept.borrow_mut();
-            let fits = kept.iter().position(|buffer| buffer.layout.size() >= bytes)?;
-            Some(kept.remove(fits))
+            let fits = kept.iter().position(|buffer| buffer.layout.size() >= bytes);
+            // Where none does, the new one takes the place of the largest, whose work it can do as well:
+            // kept beside it, it would be memory that nobody needs.
+            fits.map(|fits| kept.remove(fits)).or_else(|| kept.pop().and(None))
         });
         Self { buffer: Some(kept.ok().flatten().unwrap_or_else(|| Buffer::allocate(bytes))), length }
     }
@@ -151,9 +153,14 @@ impl DerefMut for Scratch {
 
 impl Buffer {
     fn allocate(bytes: usize) -> Self {
-        let align = if bytes >= HUGE / 2 { HUGE } else { align_of::<Tile>() };
-        // Powers of two, so that slightly larger requests find a buffer that fits.
-        let size = bytes.max(align).next_power_of_two();
+        let align = if bytes > HUGE / 2 { HUGE } else { align_of::<Tile>() };
+        // Rounded up, so that slightly larger requests find a buffer that fits; large ones only a little,
+        // for a huge page counts as used as a whole.
+        let size = if bytes > HUGE {
+            bytes.next_multiple_of(HUGE / 4)
+        } else {
+            bytes.max(align_of::<Tile>()).next_power_of_two()
+        };
         let Ok(layout) = Layout::from_size_align(size, align) else {
             unreachable!("sizes were checked when the matrix was built")
         };

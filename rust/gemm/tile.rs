@@ -95,6 +95,70 @@ impl Block<'_> {
     }
 }
 
+/// A left panel, one or two right ones, and where their sums go.
+pub struct Group<'a> {
+    /// The panel whose rows are rows of the sums.
+    pub left: &'a [Tile],
+    /// The panels whose rows are columns of the sums; the second one is empty after the last.
+    pub right: [&'a [Tile]; 2],
+    /// Four tiles for each right panel.
+    pub sums: [Option<&'a mut [Tile; 4]>; 2],
+    /// Of the left panel's 32 rows, those that are wanted.
+    pub rows: usize,
+    /// Of the right panels' 64 rows, those that are wanted.
+    pub columns: usize,
+}
+
+impl Block<'_> {
+    /// Call `multiply` for each left panel with each two right ones, which stay in the first-level cache
+    /// meanwhile. Sums beyond the wanted rows and columns may hold anything finite.
+    #[inline(always)]
+    pub fn for_each_group(&self, sums: &mut [Tile], mut multiply: impl FnMut(Group<'_>)) {
+        let weights = self.weights.chunks_exact(self.steps * 2);
+        let activations = self.activations.chunks_exact(self.activation_steps * 2);
+        let activations = activations.map(|panel| &panel[..self.steps * 2]);
+        // From a panel of sums to that of the next left or right panel, in tiles.
+        let (near, far) = (4, activations.len() * 4);
+        match self.direction {
+            Direction::Forward => {
+                groups(weights, activations, (self.width, self.tokens), (far, near), sums, &mut multiply);
+            }
+            Direction::Backward => {
+                groups(activations, weights, (self.tokens, self.width), (near, far), sums, &mut multiply);
+            }
+        }
+    }
+}
+
+/// [`Block::for_each_group`] for rows and columns of sums, and the tiles from the sums of one left panel
+/// to those of the next, and from those of one right panel to those of the next.
+#[inline(always)]
+fn groups<'a>(
+    left: impl Iterator<Item = &'a [Tile]> + Clone,
+    mut right: impl Iterator<Item = &'a [Tile]>,
+    (rows, columns): (usize, usize),
+    (left_stride, right_stride): (usize, usize),
+    sums: &mut [Tile],
+    multiply: &mut impl FnMut(Group<'_>),
+) {
+    let mut first_column = 0;
+    while let Some(panel) = right.next() {
+        let right = [panel, right.next().unwrap_or_default()];
+        for (i, left) in left.clone().enumerate() {
+            let sums = &mut sums[first_column / PANEL * right_stride + i * left_stride..];
+            let (first, second) = sums.split_at_mut(right_stride.min(sums.len()));
+            multiply(Group {
+                left,
+                right,
+                sums: [first.first_chunk_mut(), second.first_chunk_mut()],
+                rows: (rows - i * PANEL).min(PANEL),
+                columns: (columns - first_column).min(2 * PANEL),
+            });
+        }
+        first_column += 2 * PANEL;
+    }
+}
+
 /// An element type that microkernels multiply: f32, or bf16 where the CPU can.
 pub trait Packable: Element {
     /// Elements in a word.

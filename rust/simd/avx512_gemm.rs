@@ -1,73 +1,92 @@
 //! AVX-512: microkernels on panels (layout in `gemm/tile.rs`) and what packs them.
 //!
-//! Eight rows by 32 columns of sums stay in 16 registers while the panels' steps go by; a word of
-//! the left operand is broadcast, a row of the right one is two vectors.
+//! Up to 24 vectors of sums stay in registers while the panels' steps go by; a word of the left operand
+//! is broadcast, a row of two right panels is four vectors. Wide pieces load least per multiply-add, 0.42
+//! vectors: with eight rows by two vectors it is 0.63, which shows where another thread of the same core
+//! wants its cache, too.
 
-use crate::gemm::tile::{Block, PANEL, SIDE, Tile};
+use crate::gemm::tile::{Block, Group, PANEL, SIDE, Tile};
 use half::bf16;
 use std::arch::x86_64::*;
 
-/// Rows of sums in registers.
-const ROWS: usize = 8;
-
 macro_rules! define_multiply {
-    ($name:ident, $features:literal, $pair:ident, $multiply_add:expr) => {
+    ($name:ident, $features:literal, $group:ident, $piece:ident, $multiply_add:expr) => {
         #[target_feature(enable = $features)]
         pub(super) fn $name(block: &Block<'_>, sums: &mut [Tile]) {
             let mut next = block.next.as_ptr().cast::<i8>();
-            block.for_each_pair(sums, |left, right, sums, rows, columns| {
-                // The next block's activations, a little with each pair, to the second-level cache.
-                for _ in 0..2 * left.len() {
+            block.for_each_group(sums, |mut group| {
+                // The next block's activations, a little with each group, to the second-level cache.
+                for _ in 0..2 * (group.right[0].len() + group.right[1].len()) {
                     _mm_prefetch::<_MM_HINT_T1>(next);
                     next = next.wrapping_add(64);
                 }
-                for first in (0..rows).step_by(ROWS) {
-                    if columns > SIDE {
-                        $pair::<2>(left, right, sums, first, block.start);
-                    } else {
-                        $pair::<1>(left, right, sums, first, block.start);
-                    }
+                match group.columns.div_ceil(SIDE) {
+                    1 => $group::<8, 8, 1>(&mut group, block.start),
+                    2 => $group::<8, 8, 2>(&mut group, block.start),
+                    3 => $group::<8, 8, 3>(&mut group, block.start),
+                    _ => $group::<6, 4, 4>(&mut group, block.start),
                 }
             });
         }
 
+        /// Pieces of `MOST` rows, in each tile's last rows of `FEWEST`, by `VECTORS` times 16 columns.
         #[inline]
         #[target_feature(enable = $features)]
-        fn $pair<const HALVES: usize>(
-            left: &[Tile],
-            right: &[Tile],
-            sums: &mut [Tile; 4],
-            first: usize,
+        fn $group<const MOST: usize, const FEWEST: usize, const VECTORS: usize>(
+            group: &mut Group<'_>,
             start: bool,
         ) {
+            let mut first = 0;
+            while first < group.rows {
+                // Rows left in this tile.
+                let rest = SIDE - first % SIDE;
+                if rest >= MOST {
+                    $piece::<MOST, VECTORS>(group, first, start);
+                    first += MOST;
+                } else {
+                    $piece::<FEWEST, VECTORS>(group, first, start);
+                    first += FEWEST;
+                }
+            }
+        }
+
+        #[inline]
+        #[target_feature(enable = $features)]
+        fn $piece<const ROWS: usize, const VECTORS: usize>(group: &mut Group<'_>, first: usize, start: bool) {
             let (left_half, first) = (first / SIDE, first % SIDE);
-            let mut registers = [[_mm512_setzero_ps(); HALVES]; ROWS];
-            for (left, right) in left.as_chunks::<2>().0.iter().zip(right.as_chunks::<2>().0) {
+            let mut registers = [[_mm512_setzero_ps(); VECTORS]; ROWS];
+            let near = group.right[0].as_chunks::<2>().0;
+            // Where there is one right panel, nothing is read of the other.
+            let far = group.right[if VECTORS > 2 { 1 } else { 0 }].as_chunks::<2>().0;
+            let left = group.left.as_chunks::<2>().0;
+            for ((left, near), far) in left.iter().zip(near).zip(far) {
                 let Some(rows) = left[left_half].0[first..].first_chunk::<ROWS>() else { return };
                 for word in 0..SIDE {
-                    let mut columns = [_mm512_setzero_ps(); HALVES];
-                    for (h, columns) in columns.iter_mut().enumerate() {
+                    let mut columns = [_mm512_setzero_ps(); VECTORS];
+                    for (v, columns) in columns.iter_mut().enumerate() {
+                        let tile = if v < 2 { &near[v] } else { &far[v - 2] };
                         // SAFETY: the row holds the 16 words that are read.
-                        *columns = unsafe { _mm512_load_ps(right[h].0[word].as_ptr().cast()) };
+                        *columns = unsafe { _mm512_load_ps(tile.0[word].as_ptr().cast()) };
                     }
                     for r in 0..ROWS {
                         let value = _mm512_set1_ps(f32::from_bits(rows[r][word]));
-                        for h in 0..HALVES {
-                            registers[r][h] = $multiply_add(registers[r][h], value, columns[h]);
+                        for v in 0..VECTORS {
+                            registers[r][v] = $multiply_add(registers[r][v], value, columns[v]);
                         }
                     }
                 }
             }
-            for (r, registers) in registers.iter().enumerate() {
-                for (h, register) in registers.iter().enumerate() {
-                    let row = &mut sums[left_half * 2 + h].0[first + r];
+            for v in 0..VECTORS {
+                let Some(sums) = &mut group.sums[v / 2] else { return };
+                let tile = &mut sums[left_half * 2 + v % 2];
+                for (row, registers) in tile.0[first..].iter_mut().zip(&registers) {
                     // A block's own sum is added to the sum so far: two short chains of roundings
                     // err less than one long one.
                     // SAFETY: the row holds the 16 words that are read and written.
                     unsafe {
                         let at = row.as_mut_ptr().cast();
-                        let sum =
-                            if start { *register } else { _mm512_add_ps(*register, _mm512_load_ps(at)) };
+                        let sum = registers[v];
+                        let sum = if start { sum } else { _mm512_add_ps(sum, _mm512_load_ps(at)) };
                         _mm512_store_ps(at, sum);
                     }
                 }
@@ -76,14 +95,19 @@ macro_rules! define_multiply {
     };
 }
 
-define_multiply!(multiply_f32, "avx512f,avx512bw,avx512vl,avx512dq,fma", pair_f32, |sum, value, column| {
-    _mm512_fmadd_ps(value, column, sum)
-});
+define_multiply!(
+    multiply_f32,
+    "avx512f,avx512bw,avx512vl,avx512dq,fma",
+    group_f32,
+    piece_f32,
+    |sum, value, column| _mm512_fmadd_ps(value, column, sum)
+);
 
 define_multiply!(
     multiply_bf16,
     "avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,fma",
-    pair_bf16,
+    group_bf16,
+    piece_bf16,
     |sum, value, column| {
         // SAFETY: all are 512 plain bits.
         let (value, column) = unsafe {
