@@ -184,46 +184,50 @@ impl<T: Element> Product<'_, T> {
         let depth = &span.depth;
         let Some((left, right)) = C::panels(kernels).and_then(|loops| loops.decode) else { return false };
         let (rows, run) = if self.weights_are_left() { (outputs, depth) } else { (depth, outputs) };
-        let Some((piece, _)) = scales.of(rows.start, run) else { return false };
+        let Some(scales) = scales.of(rows, run) else { return false };
         let (depth_steps, steps) = (span.depth_steps::<C>(), span.steps::<C>());
         let columns = self.matrix.columns();
-        let codes_of = |row: usize, first: usize| {
-            let first_weight = row * columns + first;
-            &self.matrix.codes()[first_weight / 2..][..run.len() / 2]
-        };
-        // What is decoded next: the next span of the same rows, or the same columns of later rows.
-        let ahead = |row: usize| match self.direction {
-            Direction::Forward if run.end + run.len() <= columns => Some(codes_of(row, run.end)),
-            Direction::Backward if row + rows.len() < self.matrix.rows() => {
-                Some(codes_of(row + rows.len(), run.start))
-            }
+        // The run's codes in the rows from the first one on, and where what is decoded next begins: the next
+        // span of the same rows, or the same columns of later rows.
+        let codes = &self.matrix.codes()[(rows.start * columns + run.start) / 2..];
+        let (stride, length) = (columns / 2, run.len() / 2);
+        let ahead = match self.direction {
+            Direction::Forward if run.end + run.len() <= columns => Some(length),
+            Direction::Backward if rows.end + rows.len() <= self.matrix.rows() => Some(rows.len() * stride),
             _ => None,
         };
         if depth.start == 0 {
             // Nobody asked for the first span in advance.
-            rows.clone().for_each(|row| fetch_next(codes_of(row, run.start)));
+            (0..rows.len()).for_each(|i| fetch_next(&codes[i * stride..][..length]));
         }
-        let run_of = |row: usize| {
-            let Some((_, absmax)) = scales.of(row, run).filter(|_| rows.contains(&row)) else {
-                let (codes, absmax) = (&ZERO_CODES[..run.len() / 2], &ZERO_ABSMAX[..run.len() / piece]);
+        let run_of = |i: usize| {
+            let (piece, from) = (scales.piece, i * stride);
+            if i >= rows.len() {
+                let (codes, absmax) = (&ZERO_CODES[..length], &ZERO_ABSMAX[..run.len() / piece]);
                 return Run { codes, absmax, block_size: piece };
-            };
-            ahead(row).into_iter().for_each(fetch_next);
-            if row + 16 < rows.end {
-                fetch_next(codes_of(row + 16, run.start));
             }
-            Run { codes: codes_of(row, run.start), absmax, block_size: piece }
+            if let Some(ahead) = ahead {
+                fetch_next(&codes[from + ahead..][..length]);
+            }
+            if i + 16 < rows.len() {
+                fetch_next(&codes[from + 16 * stride..][..length]);
+            }
+            Run { codes: &codes[from..][..length], absmax: scales.row(i), block_size: piece }
         };
         if self.weights_are_left() {
-            for (i, row) in rows.clone().enumerate() {
-                left(&run_of(row), i % PANEL, &mut panels[i / PANEL * steps * 2..][..depth_steps * 2]);
+            for i in 0..rows.len() {
+                left(&run_of(i), i % PANEL, &mut panels[i / PANEL * steps * 2..][..depth_steps * 2]);
             }
         } else {
             // A word's worth of rows at a time: one of f32, two of bf16. Words past the last row
             // must hold zeros.
             for word in 0..depth_steps * SIDE {
-                let row = rows.start + word * C::PER_WORD;
-                right(&[run_of(row), run_of(row + 1)][..C::PER_WORD], word, steps, panels);
+                let first = run_of(word * C::PER_WORD);
+                if C::PER_WORD == 1 {
+                    right(&[first], word, steps, panels);
+                } else {
+                    right(&[first, run_of(word * C::PER_WORD + 1)], word, steps, panels);
+                }
             }
         }
         true

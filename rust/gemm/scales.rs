@@ -18,7 +18,7 @@ const TASK_ROWS: usize = 256;
 pub(super) struct DecodedScales {
     values: Scratch,
     /// Weights per entry: 64, or 32 where blocks are or ranges end between multiples of 64.
-    pub(super) piece: usize,
+    piece: usize,
     rows: Range<usize>,
     columns: Range<usize>,
 }
@@ -61,14 +61,32 @@ impl DecodedScales {
             .collect()
     }
 
-    /// Weights per absmax, and the absmax of the weights of a row in `columns`, if they are here.
-    pub(super) fn of(&self, row: usize, columns: &Range<usize>) -> Option<(usize, &[f32])> {
-        if !self.rows.contains(&row) {
+    /// The absmax of the weights of rows in `columns`, if they are here.
+    pub(super) fn of(&self, rows: &Range<usize>, columns: &Range<usize>) -> Option<RowScales<'_>> {
+        if rows.start < self.rows.start || rows.end > self.rows.end || rows.is_empty() {
             return None;
         }
-        let (piece, pieces) = (self.piece, self.columns.len() / self.piece);
-        let first = (row - self.rows.start) * pieces + (columns.start - self.columns.start) / piece;
-        Some((piece, &self.values.values()[first..first + columns.len() / piece]))
+        let stride = self.columns.len() / self.piece;
+        let first = (rows.start - self.rows.start) * stride + (columns.start - self.columns.start) / self.piece;
+        let (values, count) = (&self.values.values()[first..], columns.len() / self.piece);
+        Some(RowScales { values, stride, count, piece: self.piece })
+    }
+}
+
+/// The absmax of a run of weights of several rows: what is asked for each row, found without a division.
+#[derive(Clone, Copy)]
+pub(super) struct RowScales<'a> {
+    values: &'a [f32],
+    stride: usize,
+    count: usize,
+    /// Weights per entry.
+    pub(super) piece: usize,
+}
+
+impl<'a> RowScales<'a> {
+    /// Those of row `i`.
+    pub(super) fn row(&self, i: usize) -> &'a [f32] {
+        &self.values[i * self.stride..][..self.count]
     }
 }
 
