@@ -7,6 +7,7 @@
 pub mod codebook;
 pub mod cross_entropy;
 pub mod cuda;
+pub mod dense_rows;
 pub mod dequantize;
 pub mod double_quantize;
 pub mod element;

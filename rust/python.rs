@@ -1,6 +1,7 @@
 //! The private extension module `qlora_rs._rust`: its list of exports, nothing else.
 
 mod arguments;
+mod dense;
 mod exceptions;
 mod functions;
 mod merging;
@@ -11,6 +12,8 @@ use pyo3::prelude::*;
 /// Compute core of `qlora_rs`; use the public names of the package instead.
 #[pymodule(name = "_rust", gil_used = false)]
 mod extension {
+    #[pymodule_export]
+    use super::dense::dense_rows;
     #[pymodule_export]
     use super::functions::{
         cpu_path, cpu_paths, cross_entropy, cuda_source, dequantize, double_quantize, dynamic_map,

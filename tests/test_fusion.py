@@ -89,8 +89,48 @@ def test_logits_are_none_with_labels_and_as_before_without() -> None:
     assert "logits" not in outputs
     assert len(outputs.hidden_states) == 3
     assert len(model(IDS, None, None, None, None, LABELS, return_dict=False)) == 2  # loss, cache
-    assert torch.equal(model(IDS).logits, before)
+    assert torch.equal(model(IDS).logits, before)  # with gradients
     assert torch.equal(model.generate(IDS[:1], max_new_tokens=5, do_sample=False), generated)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("tokens", [1, 3, 8, 9])
+def test_logits_of_few_tokens_without_gradients(
+    dtype: torch.dtype, bias: bool, tokens: int
+) -> None:
+    model = tiny_llama.dense()
+    head = model.lm_head = nn.Linear(64, 64, bias=bias)
+    model = fuse_loss(model.to(dtype))
+    hidden = torch.randn(1, tokens, 64).to(dtype)
+    with torch.no_grad():
+        ours = head(hidden)
+    own = nn.functional.linear(hidden, head.weight, head.bias)
+    wide = (None if t is None else t.double() for t in (hidden, head.weight, head.bias))
+    exact = nn.functional.linear(*wide)
+    assert (ours.dtype, ours.shape) == (own.dtype, own.shape)
+    unit = torch.finfo(dtype).eps * exact.abs() / 2
+    assert ((ours.double() - exact).abs() <= 1.01 * unit + 2e-6).all() or tokens > 8
+    if tokens > 8:
+        assert torch.equal(ours, own)
+
+
+def test_an_output_layer_that_is_looked_at_is_torchs_own() -> None:
+    model = fuse_loss(tiny_llama.dense())
+    head, hidden = model.lm_head, torch.randn(1, 2, 64)
+    own = nn.functional.linear(hidden, head.weight)
+    assert torch.equal(head(hidden), own)  # with gradients
+    with torch.no_grad():
+        assert torch.allclose(torch.func.vmap(head)(hidden), own, atol=1e-6)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            assert head(hidden).dtype == torch.bfloat16
+        gaps = torch.randn(1, 2, 128)[..., ::2]
+        expected = nn.functional.linear(gaps, head.weight)
+        assert torch.allclose(head(gaps), expected, atol=1e-6)
+        head.weight.data = head.weight.t().contiguous().t()
+        assert torch.allclose(head(gaps), expected, atol=1e-6)
+        with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+            head(hidden[..., :32])
 
 
 def test_unfusing_leaves_nothing_behind() -> None:

@@ -13,6 +13,7 @@ __all__ = [
     "cpu_paths",
     "cross_entropy",
     "cuda_source",
+    "dense_rows",
     "dequantize",
     "double_quantize",
     "dynamic_map",
@@ -38,6 +39,15 @@ def levels() -> list[float]: ...
 def dynamic_map() -> list[float]: ...
 def cuda_source(name: str) -> str: ...
 def refuse_non_finite(count: int, rows: int, columns: int, first: int) -> None: ...
+def dense_rows(
+    x: _Capsule,
+    tokens: int,
+    columns: int,
+    weight: _Capsule,
+    bias: _Capsule | None,
+    out: _Capsule,
+    threads: int,
+) -> None: ...
 def rms_norm(
     x: _Capsule,
     weight: _Capsule,

@@ -242,6 +242,23 @@ def _factor_gradient(left: Tensor, right: Tensor, factor: Tensor, transposed: bo
     return out
 
 
+def dense_rows(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """y [..., out] = x [..., in] Wᵀ + bias for few rows of x and a dense W, all of one half type or
+    float32, contiguous; each weight is read once."""
+    columns = weight.shape[1]
+    out = torch.empty((*x.shape[:-1], len(weight)), dtype=x.dtype)
+    _rust.dense_rows(
+        to_dlpack(x),
+        math.prod(x.shape[:-1]),
+        columns,
+        to_dlpack(weight),
+        None if bias is None else to_dlpack(bias),
+        to_dlpack(out),
+        torch.get_num_threads(),
+    )
+    return out
+
+
 def cross_entropy(logits: Tensor, targets: Tensor, losses: Tensor, gradient: bool) -> None:
     """Write the loss of each row of logits, and its gradient over the logits if asked to.
 

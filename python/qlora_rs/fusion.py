@@ -21,9 +21,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from qlora_rs import cpu, ops
 from qlora_rs.deferred_logits import DeferredLogits
 from qlora_rs.errors import QloraError
 from qlora_rs.layers import NF4Linear
+
+# Rows of hidden states, at most, that the output layer multiplies without torch, if not trained.
+MOST_DIRECT_TOKENS = 8
 
 # The output layer of the fused model that this thread is inside of, if it was called with labels.
 _DEFERRING: ContextVar[Any] = ContextVar("qlora_rs_deferring", default=None)
@@ -35,10 +39,12 @@ def fuse_loss(model: nn.Module) -> nn.Module:
     model: a causal language model of transformers, or one that peft wrapped. Its output layer must
     be an `nn.Linear` or `NF4Linear` without an adapter.
     From then on a call with labels, in training or evaluation, returns the model's own loss with
-    `logits=None`, up to rounding; see `linear_cross_entropy` for memory. Auxiliary losses (MoE) and
-    scaled logits (Granite, Cohere) are honoured. Without labels, and in `generate`, nothing
-    changes. Gradient checkpointing works; `copy.deepcopy` and pickle keep the fused loss, saved
-    weights never know of it.
+    `logits=None`, up to rounding; see `linear_cross_entropy` for memory. Auxiliary losses (MoE)
+    and scaled logits (Granite, Cohere) are honoured. Without labels, and in `generate`, there are
+    logits as ever; those of up to 8 tokens without gradients are summed in float32 in one pass
+    over a dense output layer's weight, which torch reads slower (last bits may differ). Gradient
+    checkpointing works; `copy.deepcopy` and pickle keep the fused loss, saved weights never know
+    of it.
     The model is called with two tokens, without gradients, to see that its loss can be computed
     so: one that does more with its logits (soft-capping in Gemma 2) is refused, and left as it was.
     Returns the model. Raises QloraError.
@@ -119,7 +125,29 @@ class _DeferringForward(OwnForward):
     def __call__(self, hidden: Tensor) -> Tensor | DeferredLogits:
         if _DEFERRING.get() is self.module:
             return DeferredLogits.of_layer(self.module, hidden)
+        if self.replaced is None and self._is_small(hidden):
+            weight, bias = self.module.weight, self.module.bias
+            bias = None if bias is None else cpu.plain(bias)
+            return cpu.dense_rows(cpu.plain(hidden), cpu.plain(weight), bias)
         return self.__wrapped__(hidden)
+
+    def _is_small(self, hidden: Tensor) -> bool:
+        """Whether the product is bound by reading the weight, and nobody looks on."""
+        layer, shape = self.module, hidden.shape
+        return (
+            type(layer) is nn.Linear
+            and not torch.is_grad_enabled()
+            and ops.runs_directly(hidden)
+            and ops.runs_directly(layer.weight)
+            and hidden.is_cpu
+            and layer.weight.is_cpu
+            and hidden.dtype in ops.FLOATS
+            and hidden.dtype is layer.weight.dtype
+            and (layer.bias is None or layer.bias.dtype is hidden.dtype)
+            and not torch.is_autocast_enabled("cpu")
+            and shape[-1:] == layer.weight.shape[1:]
+            and hidden.numel() <= MOST_DIRECT_TOKENS * shape[-1]
+        )
 
 
 class _FusedForward(OwnForward):

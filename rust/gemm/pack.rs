@@ -189,8 +189,8 @@ impl<T: Element> Product<'_, T> {
         let columns = self.matrix.columns();
         // The run's codes in the rows from the first one on, and where what is decoded next begins: the next
         // span of the same rows, or the same columns of later rows.
-        let codes = &self.matrix.codes()[(rows.start * columns + run.start) / 2..];
         let (stride, length) = (columns / 2, run.len() / 2);
+        let codes = &self.matrix.codes()[rows.start * stride + run.start / 2..];
         let ahead = match self.direction {
             Direction::Forward if run.end + run.len() <= columns => Some(length),
             Direction::Backward if rows.end + rows.len() <= self.matrix.rows() => Some(rows.len() * stride),

@@ -67,7 +67,8 @@ impl DecodedScales {
             return None;
         }
         let stride = self.columns.len() / self.piece;
-        let first = (rows.start - self.rows.start) * stride + (columns.start - self.columns.start) / self.piece;
+        let first =
+            (rows.start - self.rows.start) * stride + (columns.start - self.columns.start) / self.piece;
         let (values, count) = (&self.values.values()[first..], columns.len() / self.piece);
         Some(RowScales { values, stride, count, piece: self.piece })
     }

@@ -1,0 +1,1 @@
+"""Where transformers is asked for something: imported on use, never with the package."""
