@@ -178,7 +178,7 @@ impl<'a, T: Element> Product<'a, T> {
     /// [tokens, rank], computing in `C`.
     ///
     /// Uses about 8 MiB of scratch per thread; more only where one panel of 32 tokens is larger
-    /// than that, beyond 32,768 summed values per thread.
+    /// than half of that, beyond 34,816 summed values per thread.
     ///
     /// # Errors
     /// [`Error::Operand`] when an operand has another length than the shapes ask for.
@@ -356,7 +356,7 @@ impl<'a, T: Element> Product<'a, T> {
 /// Outputs of a block, such that every thread gets the same number of blocks of nearly one size.
 fn block_width(outputs: usize, threads: usize) -> usize {
     let rounds = outputs.div_ceil(BLOCK_OUTPUTS * threads).max(1);
-    outputs.div_ceil(rounds * threads).next_multiple_of(PANEL).min(BLOCK_OUTPUTS)
+    outputs.div_ceil(rounds * threads).next_multiple_of(PANEL).clamp(PANEL, BLOCK_OUTPUTS)
 }
 
 #[cfg(test)]

@@ -82,7 +82,10 @@ impl Scratch {
             let fits = kept.iter().position(|buffer| buffer.layout.size() >= bytes);
             // Where none does, the new one takes the place of the largest, whose work it can do as well:
             // kept beside it, it would be memory that nobody needs.
-            fits.map(|fits| kept.remove(fits)).or_else(|| kept.pop().and(None))
+            if fits.is_none() {
+                drop(kept.pop());
+            }
+            fits.map(|fits| kept.remove(fits))
         });
         Self { buffer: Some(kept.ok().flatten().unwrap_or_else(|| Buffer::allocate(bytes))), length }
     }

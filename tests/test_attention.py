@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 import pickle
 from collections.abc import Callable
 from pathlib import Path
@@ -14,10 +13,12 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+from transformers import FalconConfig, FalconForCausalLM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from qlora_rs import QloraError, widen_attention
-from qlora_rs.integrations.attention import NAME, _attend
+from qlora_rs import QloraError, unwiden_attention, widen_attention
+from qlora_rs.integrations import attention
+from qlora_rs.integrations.attention import _Attend, _Widened
 
 IDS = torch.randint(3, 64, (3, 17), generator=torch.Generator().manual_seed(5))
 
@@ -26,6 +27,27 @@ class Attention(nn.Module):
     """What transformers' functions ask a module for: four heads over two of keys and values."""
 
     num_key_value_groups, is_causal = 2, True
+
+    def __init__(self) -> None:
+        super().__init__()
+        setattr(self, attention._MARK, True)
+
+
+_attend = _Attend(sdpa_attention_forward)
+
+
+@pytest.fixture
+def widened(monkeypatch: pytest.MonkeyPatch) -> list[tuple]:
+    """The operands of each attention that was widened."""
+    seen: list[tuple] = []
+    apply = _Widened.apply
+
+    def count(*operands: Tensor) -> Tensor:
+        seen.append(operands)
+        return apply(*operands)
+
+    monkeypatch.setattr(_Widened, "apply", count)
+    return seen
 
 
 def operands(dtype: torch.dtype, length: int = 33) -> list[Tensor]:
@@ -95,7 +117,7 @@ def gradients(model: nn.Module, **batch: Tensor) -> list[Tensor]:
 
 
 @pytest.mark.parametrize("padded", [False, True])
-def test_a_model_trains_as_close_to_its_float32_self(padded: bool) -> None:
+def test_a_model_trains_as_close_to_its_float32_self(padded: bool, widened: list) -> None:
     mask = torch.ones_like(IDS)
     if padded:
         mask[0, 9:] = 0
@@ -107,8 +129,11 @@ def test_a_model_trains_as_close_to_its_float32_self(padded: bool) -> None:
         batch = {"input_ids": ids, "labels": labels, "attention_mask": mask}
         model = tiny_llama.with_adapter().to(torch.bfloat16).train()
         got = {"own": gradients(model, **batch)}
+        assert not widened
         got["widened"] = gradients(widen_attention(model), **batch)
-        model.set_attn_implementation("sdpa")
+        assert len(widened) == model.config.num_hidden_layers
+        widened.clear()
+        unwiden_attention(model)
         exact = gradients(model.float(), **batch)
         for name, values in got.items():
             pairs = zip(values, exact, strict=True)
@@ -116,25 +141,100 @@ def test_a_model_trains_as_close_to_its_float32_self(padded: bool) -> None:
     assert totals["widened"] < 1.1 * totals["own"] < 8 * 0.05
 
 
-def test_without_gradients_in_float32_and_undone_nothing_changes(tmp_path: Path) -> None:
+def test_without_gradients_in_float32_and_undone_nothing_changes(widened: list) -> None:
     model = tiny_llama.dense().to(torch.bfloat16)
     before, ids = tiny_llama.logits(model), IDS[:1]
     written = model.generate(ids, max_new_tokens=5, do_sample=False)
+    own = gradients(tiny_llama.dense().to(torch.bfloat16), input_ids=IDS, labels=IDS)
     assert widen_attention(model) is model
     assert torch.equal(tiny_llama.logits(model), before)
     assert torch.equal(model.generate(ids, max_new_tokens=5, do_sample=False), written)
-    model.save_pretrained(tmp_path)
-    assert NAME not in json.dumps(json.loads((tmp_path / "config.json").read_text()))
-    assert copy.deepcopy(model).config._attn_implementation == NAME
-    again = pickle.loads(pickle.dumps(model))
-    assert torch.equal(tiny_llama.logits(again), before)
-    own = gradients(tiny_llama.dense().to(torch.bfloat16), input_ids=IDS, labels=IDS)
-    model.set_attn_implementation("sdpa")
+    gradients(tiny_llama.dense().to(torch.bfloat16), input_ids=IDS, labels=IDS)  # another model
+    gradients(widen_attention(tiny_llama.dense()), input_ids=IDS, labels=IDS)  # in float32
+    assert not widened
+    assert unwiden_attention(model) is model
     for got, expected in zip(gradients(model, input_ids=IDS, labels=IDS), own, strict=True):
         assert torch.equal(got, expected)
-    wide = [gradients(m, input_ids=IDS, labels=IDS) for m in
-            (tiny_llama.dense(), widen_attention(tiny_llama.dense()))]  # fmt: skip
-    assert all(torch.equal(*pair) for pair in zip(*wide, strict=True))
+    assert not widened
+
+
+def test_copies_are_widened_and_files_know_nothing(
+    tmp_path: Path, widened: list, run_python: Callable
+) -> None:
+    model = widen_attention(tiny_llama.dense().to(torch.bfloat16))
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        gradients(other, input_ids=IDS, labels=IDS)
+        assert len(widened) == 2
+        widened.clear()
+    model.save_pretrained(tmp_path / "saved")
+    assert "widened" not in (tmp_path / "saved" / "config.json").read_text()
+    (tmp_path / "pickled").write_bytes(pickle.dumps(model))
+    code = f"""
+        import pickle, torch
+        from pathlib import Path
+        from qlora_rs import widen_attention
+        model = pickle.loads(Path({str(tmp_path / "pickled")!r}).read_bytes())
+        ids = torch.arange(12)[None]
+        model(input_ids=ids, labels=ids).loss.backward()
+        from qlora_rs.integrations.attention import _Widened
+        calls, apply = [], _Widened.apply
+        _Widened.apply = lambda *operands: calls.append(1) or apply(*operands)
+        widen_attention(model)(input_ids=ids, labels=ids).loss.backward()
+        assert len(calls) == 2, calls
+    """
+    done = run_python(code)
+    assert done.returncode == 0, done.stderr
+
+
+def test_autocast_leaves_what_is_wide_wide() -> None:
+    given = operands(torch.bfloat16)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        inside = with_gradients(lambda *qkv: _attend(Attention(), *qkv, None)[0], *given)
+    outside = with_gradients(lambda *qkv: _attend(Attention(), *qkv, None)[0], *given)
+    assert all(torch.equal(*pair) for pair in zip(inside, outside, strict=True))
+
+
+@pytest.mark.parametrize("trained", [0, 1, 2])
+def test_one_of_three_operands_is_trained(trained: int) -> None:
+    *inputs, grad = operands(torch.bfloat16, length=5)
+    given = [t.requires_grad_(i == trained) for i, t in enumerate(inputs)]
+    every = with_gradients(lambda *qkv: _attend(Attention(), *qkv, None)[0], *inputs, grad)
+    result = _attend(Attention(), *given, None)[0]
+    (once,) = torch.autograd.grad(result, given[trained], grad, retain_graph=True)
+    assert torch.equal(once, every[1 + trained])
+    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+        torch.autograd.grad(result, given[trained], grad, create_graph=True)
+
+
+def test_operands_that_are_one_tensor_and_a_gradient_of_one_number() -> None:
+    shared = torch.randn(1, 2, 7, 16).to(torch.bfloat16)
+    grads = []
+    for function in (_attend, sdpa_attention_forward):
+        x = shared.clone().requires_grad_()
+        module = Attention()
+        module.num_key_value_groups = 1
+        function(module, x, x, x, None)[0].sum().backward()
+        grads.append(x.grad.float())
+    assert (grads[0] - grads[1]).norm() < 0.02 * grads[1].norm()
+
+
+@pytest.mark.parametrize("options", [{"dropout": 0.5}, {"cache": object()}, {"learned": True}])
+def test_what_is_not_torchs_plain_attention_stays_so(options: dict, widened: list) -> None:
+    query, key, value, _ = (t.requires_grad_() for t in operands(torch.bfloat16))
+    if options.pop("learned", False):
+        options["position_bias"] = torch.zeros(1, 4, 33, 33, dtype=torch.bfloat16).requires_grad_()
+    _attend(Attention(), query, key, value, None, **options)
+    assert not widened
+
+
+def test_packed_texts_and_windows(widened: list) -> None:
+    positions = torch.cat([torch.arange(9), torch.arange(8)])[None].expand(3, -1)
+    batch = {"input_ids": IDS, "labels": IDS, "position_ids": positions, "use_cache": False}
+    model = widen_attention(tiny_llama.dense().to(torch.bfloat16))
+    got, exact = gradients(model, **batch), gradients(tiny_llama.dense(), **batch)
+    assert len(widened) == 2
+    for ours, expected in zip(got, exact, strict=True):
+        assert (ours - expected).norm() < 0.1 * expected.norm()
 
 
 def test_nothing_is_kept_but_the_narrow_operands() -> None:
@@ -152,7 +252,10 @@ def test_nothing_is_kept_but_the_narrow_operands() -> None:
 
 def test_second_batched_and_checkpointed_gradients() -> None:
     given = operands(torch.bfloat16, length=5)
-    widened, wide = (lambda *qkv: _attend(Attention(), *qkv, None)[0]), [t.float() for t in given]
+    wide = [t.float() for t in given]
+
+    def widened(*qkv: Tensor) -> Tensor:
+        return _attend(Attention(), *qkv, None)[0]
 
     def answers(attend: Callable, query: Tensor, key: Tensor, value: Tensor, grad: Tensor) -> list:
         inputs = [t.detach().clone().requires_grad_() for t in (query, key, value)]
@@ -187,17 +290,29 @@ def eager() -> nn.Module:
     return model
 
 
+def falcon() -> nn.Module:
+    """Of those that choose among classes of layers, and do not ask the registry."""
+    sizes = {"hidden_size": 32, "num_attention_heads": 2, "num_hidden_layers": 1}
+    return FalconForCausalLM(FalconConfig(vocab_size=64, **sizes))
+
+
 @pytest.mark.parametrize(
     ("build", "sentence"),
     [
         (eager, "computes attention by 'eager'.*attn_implementation=\"sdpa\""),
         (lambda: nn.Linear(3, 3), "Linear computes attention by None"),
-        (lambda: widen_attention(tiny_llama.dense()), "widened already"),
+        (falcon, "does not take its attention from transformers' registry"),
+        (lambda: widen_attention(tiny_llama.dense()), "widened already; unwiden_attention"),
     ],
 )
 def test_refusals_name_what_was_found(build: Callable, sentence: str) -> None:
     model = build()
-    before = getattr(getattr(model, "config", None), "_attn_implementation", None)
+    before = [dict(module.__dict__) for module in model.modules()]
     with pytest.raises(QloraError, match=sentence):
         widen_attention(model)
-    assert getattr(getattr(model, "config", None), "_attn_implementation", None) == before
+    assert [dict(module.__dict__) for module in model.modules()] == before
+
+
+def test_undoing_what_was_not_done_is_refused() -> None:
+    with pytest.raises(QloraError, match="has no widened attention"):
+        unwiden_attention(tiny_llama.dense())

@@ -95,10 +95,14 @@ def test_logits_are_none_with_labels_and_as_before_without() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize("tokens", [1, 3, 8, 9])
+@pytest.mark.parametrize("tokens", [0, 1, 3, 8, 9])
 def test_logits_of_few_tokens_without_gradients(
-    dtype: torch.dtype, bias: bool, tokens: int
+    dtype: torch.dtype, bias: bool, tokens: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    calls, direct = [], qlora_rs.cpu.dense_rows
+    monkeypatch.setattr(
+        qlora_rs.cpu, "dense_rows", lambda *operands: calls.append(1) or direct(*operands)
+    )
     model = tiny_llama.dense()
     head = model.lm_head = nn.Linear(64, 64, bias=bias)
     model = fuse_loss(model.to(dtype))
@@ -109,6 +113,7 @@ def test_logits_of_few_tokens_without_gradients(
     wide = (None if t is None else t.double() for t in (hidden, head.weight, head.bias))
     exact = nn.functional.linear(*wide)
     assert (ours.dtype, ours.shape) == (own.dtype, own.shape)
+    assert len(calls) == (tokens <= 8)
     unit = torch.finfo(dtype).eps * exact.abs() / 2
     assert ((ours.double() - exact).abs() <= 1.01 * unit + 2e-6).all() or tokens > 8
     if tokens > 8:

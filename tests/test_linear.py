@@ -145,6 +145,14 @@ def test_a_layer_without_inputs_or_outputs_acts_as_torchs(shape: tuple, rows: in
     assert torch.equal(y, torch.nn.functional.linear(x, torch.zeros(shape), bias))
     (gradient,) = torch.autograd.grad(y.sum(), x)
     assert torch.equal(gradient, torch.zeros_like(x))
+    a = torch.randn(4, shape[1], requires_grad=True)
+    b = torch.randn(shape[0], 4, requires_grad=True)
+    y = qlora_rs.lora_linear(x, packed, a, b, 2.0, bias)
+    assert torch.allclose(y, 2 * (x @ a.t()) @ b.t() + bias, atol=1e-4)
+    ours = torch.autograd.grad(y.square().sum(), (x, a, b))
+    expected = torch.autograd.grad((2 * (x @ a.t()) @ b.t() + bias).square().sum(), (x, a, b))
+    for got, like in zip(ours, expected, strict=True):
+        assert torch.allclose(got, like, rtol=1e-3, atol=1e-2)
 
 
 @given(strategies.products(), st.integers(1, 7))

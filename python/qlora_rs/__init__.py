@@ -12,7 +12,7 @@ from qlora_rs.adapter_io import load_adapter, save_adapter
 from qlora_rs.errors import QloraError
 from qlora_rs.functional import linear, lora_linear
 from qlora_rs.fusion import fuse_loss, unfuse_loss
-from qlora_rs.integrations.attention import widen_attention
+from qlora_rs.integrations.attention import unwiden_attention, widen_attention
 from qlora_rs.layers import NF4Linear, QLoRALinear
 from qlora_rs.loss import linear_cross_entropy
 from qlora_rs.merging.model import merge_model, unmerge
@@ -56,6 +56,7 @@ __all__ = [
     "unfuse_loss",
     "unfuse_norms",
     "unmerge",
+    "unwiden_attention",
     "widen_attention",
 ]
 

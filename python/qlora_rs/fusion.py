@@ -42,7 +42,7 @@ def fuse_loss(model: nn.Module) -> nn.Module:
     `logits=None`, up to rounding; see `linear_cross_entropy` for memory. Auxiliary losses (MoE)
     and scaled logits (Granite, Cohere) are honoured. Without labels, and in `generate`, there are
     logits as ever; those of up to 8 tokens without gradients are summed in float32 in one pass
-    over a dense output layer's weight, which torch reads slower (last bits may differ). Gradient
+    over a dense output layer's weight (last bits may differ). Gradient
     checkpointing works; `copy.deepcopy` and pickle keep the fused loss, saved weights never know
     of it.
     The model is called with two tokens, without gradients, to see that its loss can be computed
@@ -141,6 +141,7 @@ class _DeferringForward(OwnForward):
             and ops.runs_directly(layer.weight)
             and hidden.is_cpu
             and layer.weight.is_cpu
+            and layer.weight.is_contiguous()
             and hidden.dtype in ops.FLOATS
             and hidden.dtype is layer.weight.dtype
             and (layer.bias is None or layer.bias.dtype is hidden.dtype)

@@ -29,7 +29,8 @@ pub(super) fn ranges<T: Element>(product: &Product<'_, T>, threads: usize) -> Ve
     let bytes_per_output = (product.depth() * size_of::<f32>()).div_ceil(32);
     let longest =
         (BYTES_PER_THREAD * threads / bytes_per_output.max(1) / BLOCK_OUTPUTS).max(1) * BLOCK_OUTPUTS;
-    (0..outputs).step_by(longest).map(|start| start..outputs.min(start + longest)).collect()
+    // One at least: without outputs, too, there may be hidden activations to compute.
+    (0..outputs.max(1)).step_by(longest).map(|start| start..outputs.min(start + longest)).collect()
 }
 
 impl DecodedScales {

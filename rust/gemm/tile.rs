@@ -110,8 +110,8 @@ pub struct Group<'a> {
 }
 
 impl Block<'_> {
-    /// Call `multiply` for each left panel with each two right ones, which stay in the first-level cache
-    /// meanwhile. Sums beyond the wanted rows and columns may hold anything finite.
+    /// Call `multiply` for each left panel with each two right ones, which are the same for all of the
+    /// left ones, so that they stay in the nearest cache that holds them. Sums beyond the wanted rows and columns may hold anything finite.
     #[inline(always)]
     pub fn for_each_group(&self, sums: &mut [Tile], mut multiply: impl FnMut(Group<'_>)) {
         let weights = self.weights.chunks_exact(self.steps * 2);

@@ -1,1 +1,1 @@
-"""Where transformers is asked for something: imported on use, never with the package."""
+"""Where transformers is asked for something; it is imported when that is used, and not before."""

@@ -5,7 +5,9 @@ float32 on CPUs whose products of bfloat16 are slow, and rounds every probabilit
 queries, keys and values are widened on the way in, and results and gradients rounded once. Kept for
 backward are the narrow ones alone; attention is computed again there, which costs less than memory.
 
-Nothing is replaced: transformers' own registry of attention functions gets one more name.
+transformers looks its attention functions up by name. What is registered as "sdpa" becomes a
+function that asks the layer whether it is widened, and calls what was registered before. The name
+in the configuration stays, for models and trainers compare it.
 """
 
 from __future__ import annotations
@@ -20,26 +22,27 @@ from torch import Tensor, nn
 from qlora_rs import ops
 from qlora_rs.errors import QloraError
 
-# What the configuration calls it.
-NAME = "sdpa_widened_by_qlora_rs"
 _NARROW = (torch.bfloat16, torch.float16)
+# A widened attention layer has this attribute.
+_MARK = "_qlora_rs_widened"
 
 
 def widen_attention(model: nn.Module) -> nn.Module:
     """Let `model`, while it is trained on the CPU in bfloat16 or float16, attend in float32.
 
     model: of transformers, plain or wrapped by peft, whose attention is torch's ("sdpa", the
-    default). Without gradients (`generate`, evaluation), with dropout inside attention, in float32,
-    on other devices and under torch.compile, attention is what it was. Results are those of float32
-    attention, rounded once; saved models and configurations never know of it. Undo it with
-    `model.set_attn_implementation("sdpa")`. A copy keeps it; call this again after unpickling.
+    default). Marks its layers named "...Attention...", and registers a function under "sdpa" that
+    computes those in float32 and rounds results and gradients once; layers of other models take
+    the way they took. Without gradients (`generate`, evaluation, the first pass of a reentrant
+    checkpoint), with dropout inside attention, in float32, on other devices and under torch.compile
+    attention is what it was. Saved weights and configurations never know of it; `copy.deepcopy` and
+    pickle keep it (in another process, call this again).
     Returns the model. Raises QloraError where attention is computed by something else.
 
     >>> from transformers import LlamaConfig, LlamaForCausalLM
     >>> sizes = {"hidden_size": 64, "intermediate_size": 64, "num_attention_heads": 4}
     >>> model = LlamaForCausalLM(LlamaConfig(vocab_size=90, num_hidden_layers=1, **sizes))
-    >>> model = model.bfloat16()
-    >>> ids = torch.arange(8)[None]
+    >>> model, ids = model.bfloat16(), torch.arange(8)[None]
     >>> expected = model(input_ids=ids, labels=ids).loss
     >>> loss = widen_attention(model)(input_ids=ids, labels=ids).loss
     >>> bool(torch.isclose(loss, expected, rtol=1e-2))
@@ -49,66 +52,95 @@ def widen_attention(model: nn.Module) -> nn.Module:
     if hasattr(base, "get_base_model"):
         base = base.get_base_model()
     current = getattr(getattr(base, "config", None), "_attn_implementation", None)
-    if current == NAME:
-        raise QloraError(
-            "the model's attention is widened already; model.set_attn_implementation("
-            '"sdpa") undoes it'
-        )
-    if current != "sdpa" or not hasattr(base, "set_attn_implementation"):
+    if current != "sdpa":
         raise QloraError(
             f"{type(base).__name__} computes attention by {current!r}, and torch's is the one that "
             'can be widened; load the model with attn_implementation="sdpa", or leave '
             "widen_attention out"
         )
-    _register()
-    base.set_attn_implementation(NAME)
-    if base.config._attn_implementation != NAME:
+    layers = [m for m in base.modules() if "Attention" in type(m).__name__]
+    if not layers or not base._can_set_attn_implementation():
         raise QloraError(
             f"{type(base).__name__} does not take its attention from transformers' registry, so it "
             "cannot be widened; leave widen_attention out"
         )
+    if _register() and all(_MARK in layer.__dict__ for layer in layers):
+        raise QloraError(
+            "the model's attention is widened already; unwiden_attention(model) undoes it"
+        )
+    for layer in layers:
+        layer.__dict__[_MARK] = True
     return model
 
 
-def _register() -> None:
-    from transformers import AttentionInterface, AttentionMaskInterface
-    from transformers.masking_utils import sdpa_mask
+def unwiden_attention(model: nn.Module) -> nn.Module:
+    """Undo `widen_attention`, in place. Returns the model; raises QloraError where it was not."""
+    widened = [m for m in model.modules() if _MARK in m.__dict__]
+    if not widened:
+        raise QloraError(f"{type(model).__name__} has no widened attention to undo")
+    for layer in widened:
+        del layer.__dict__[_MARK]
+    return model
 
-    AttentionInterface.register(NAME, _attend)
-    AttentionMaskInterface.register(NAME, sdpa_mask)
+
+class _Attend:
+    """transformers' sdpa function; in float32 for marked layers where that is asked for."""
+
+    def __init__(self, before: Callable[..., tuple[Tensor, None]]) -> None:
+        self.before = before
+
+    def __call__(
+        self,
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *arguments: Any,
+        **options: Any,
+    ) -> tuple[Tensor, None]:
+        attend = partial(self.before, module)
+        if _MARK not in module.__dict__ or not _fits(query, key, value, *arguments, **options):
+            return attend(query, key, value, *arguments, **options)
+
+        def wide(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+            # A mask that is added has the activations' type; torch wants that of the queries.
+            masks = [_wide(value) for value in arguments]
+            named = {name: _wide(value) for name, value in options.items()}
+            # Autocast would make everything narrow again.
+            with torch.autocast("cpu", enabled=False):
+                return attend(query.float(), key.float(), value.float(), *masks, **named)[0]
+
+        return _Widened.apply(query, key, value, wide), None
 
 
-def _attend(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *arguments: Any, **options: Any
-) -> tuple[Tensor, None]:
-    """transformers' sdpa function, in float32 where that is asked for."""
-    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+def _register() -> bool:
+    """Whether ours was registered already."""
+    from transformers import AttentionInterface
 
-    attend = partial(sdpa_attention_forward, module)
-    if not _is_trained_narrow(query, key, value, *arguments, **options):
-        return attend(query, key, value, *arguments, **options)
-
-    def wide(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        # A mask that is added has the activations' type; torch wants that of the queries.
-        masks = [_wide(value) for value in arguments]
-        named = {name: _wide(value) for name, value in options.items()}
-        return attend(query.float(), key.float(), value.float(), *masks, **named)[0]
-
-    return _Widened.apply(query, key, value, wide), None
+    before = AttentionInterface()["sdpa"]
+    if isinstance(before, _Attend):
+        return True
+    AttentionInterface.register("sdpa", _Attend(before))
+    return False
 
 
 def _wide(value: Any) -> Any:
     return value.float() if isinstance(value, Tensor) and value.dtype in _NARROW else value
 
 
-def _is_trained_narrow(
-    query: Tensor, *arguments: Any, dropout: float = 0.0, **options: Any
+def _fits(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *arguments: Any,
+    dropout: float = 0.0,
+    **options: Any,
 ) -> bool:
-    tensors = [t for t in (*arguments, *options.values()) if isinstance(t, Tensor)]
-    key, value, *others = tensors
+    """Whether a narrow attention is trained here, and nothing beside query, key and value."""
+    others = [t for t in (*arguments, *options.values()) if isinstance(t, Tensor)]
     return (
         torch.is_grad_enabled()
-        and query.requires_grad
+        and (query.requires_grad or key.requires_grad or value.requires_grad)
         and query.dtype in _NARROW
         and query.dtype == key.dtype == value.dtype
         and query.is_cpu
@@ -137,10 +169,12 @@ class _Widened(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple:
-        inputs, twice = ctx.saved_tensors, torch.is_grad_enabled()
-        if not twice:
-            # Leaves of a graph of their own, already wide: their gradients are rounded once.
-            inputs = [t.float().requires_grad_() for t in inputs]
+        twice = torch.is_grad_enabled()
+        # Wide and new each, so that a gradient is one operand's alone and is rounded once; with a
+        # graph behind them where the gradient is to be differentiated again.
+        with torch.set_grad_enabled(twice):
+            inputs = [t.float() for t in ctx.saved_tensors]
+        inputs = [t if t.requires_grad else t.requires_grad_() for t in inputs]
         with torch.enable_grad():
             result = ctx.attend(*inputs)
             grads = torch.autograd.grad(result, inputs, grad.to(result.dtype), create_graph=twice)
