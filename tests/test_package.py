@@ -67,6 +67,8 @@ def test_a_public_name_exists_and_is_documented(name: str) -> None:
         "add_lora",
         "linear_cross_entropy",
         "fuse_loss",
+        "fuse_norms",
+        "widen_attention",
     ],
 )
 def test_a_public_function_shows_an_example(name: str) -> None:

@@ -176,7 +176,8 @@ pub trait Packable: Element {
 }
 
 /// Steps of the summed dimension in a block: both panels of a block must fit a first-level cache of
-/// 48 KiB together, for AMX consumes a step in 64 cycles, and only that cache brings it that fast.
+/// 48 KiB together, for AMX consumes a step in 64 cycles, and only that cache brings it that fast. The
+/// AVX-512 microkernel's three panels fill it; of longer ones it reads a part from the second level.
 pub const BLOCK_STEPS: usize = 8;
 
 /// As many steps still leave that cache room to stream the other operand through.
