@@ -10,6 +10,9 @@ use crate::parallel::{self, Columns};
 use crate::quantize::check_length;
 use crate::simd::Kernels;
 
+/// Rows of x, at most, for which the bound is memory.
+pub const MOST_TOKENS: usize = 8;
+
 /// Rows of W that are widened at a time, at most: of a small model, they fit a first-level cache.
 const STRIP_ROWS: usize = 8;
 

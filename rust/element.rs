@@ -55,7 +55,7 @@ pub enum Floats<'a> {
     Bf16(&'a [bf16]),
 }
 
-impl Floats<'_> {
+impl<'a> Floats<'a> {
     /// Number of values.
     #[must_use]
     pub fn len(&self) -> usize {
@@ -72,6 +72,16 @@ impl Floats<'_> {
         self.len() == 0
     }
 
+    /// The values in `range`.
+    #[must_use]
+    pub fn part(&self, range: Range<usize>) -> Floats<'a> {
+        match self {
+            Floats::F32(values) => Floats::F32(&values[range]),
+            Floats::F16(values) => Floats::F16(&values[range]),
+            Floats::Bf16(values) => Floats::Bf16(&values[range]),
+        }
+    }
+
     /// Write the values from `first` on as f32.
     pub fn widen(&self, kernels: &Kernels, first: usize, out: &mut [f32]) {
         let range = first..first + out.len();
@@ -83,12 +93,12 @@ impl Floats<'_> {
     }
 
     /// The values in `range` as f32: themselves, or converted into `scratch`, which is as long at least.
-    pub fn widened<'a>(
-        &'a self,
+    pub fn widened<'b>(
+        &'b self,
         kernels: &Kernels,
         range: Range<usize>,
-        scratch: &'a mut [f32],
-    ) -> &'a [f32] {
+        scratch: &'b mut [f32],
+    ) -> &'b [f32] {
         if let Floats::F32(values) = self {
             return &values[range];
         }

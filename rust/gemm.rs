@@ -11,6 +11,7 @@
 //! the second-level cache; a microkernel multiplies panel by panel. The low-rank part is more of the
 //! summed dimension, so LoRA needs no second pass over y. Panels are made of tiles, see `tile.rs`.
 
+pub mod dense;
 pub mod factors;
 mod hidden;
 mod pack;
@@ -82,6 +83,23 @@ pub struct Product<'a, T> {
     pub low_rank: Option<LowRank<'a>>,
     /// Added to each row of the result.
     pub bias: Option<&'a [T]>,
+}
+
+/// The bottleneck's activations [tokens, rank].
+enum Hidden<'a, T> {
+    /// To be computed from the activations and the factor they meet first.
+    Wanted(&'a mut [T]),
+    /// Known.
+    Given(&'a [T]),
+}
+
+impl<T> Hidden<'_, T> {
+    fn part(&mut self, range: Range<usize>) -> Hidden<'_, T> {
+        match self {
+            Hidden::Wanted(hidden) => Hidden::Wanted(&mut hidden[range]),
+            Hidden::Given(hidden) => Hidden::Given(&hidden[range]),
+        }
+    }
 }
 
 /// A piece of the summed dimension, as much as a block of decoded weights holds of it: first a piece
@@ -190,10 +208,21 @@ impl<'a, T: Element> Product<'a, T> {
         threads: usize,
     ) -> Result<(), Error> {
         self.check(out.len(), hidden.len())?;
+        self.write_passes::<C>(kernels, out, Hidden::Wanted(hidden), threads.max(1));
+        Ok(())
+    }
+
+    /// The same in as few passes over the tokens as the scratch allows.
+    fn write_passes<C: Packable>(
+        &self,
+        kernels: &Kernels,
+        out: &mut [T],
+        mut hidden: Hidden<'_, T>,
+        threads: usize,
+    ) {
         let (outputs, rank) = (self.outputs(), self.rank());
-        let threads = threads.max(1);
-        if out.is_empty() && hidden.is_empty() {
-            return Ok(());
+        if self.tokens * (outputs + rank) == 0 {
+            return;
         }
         let steps: usize = Span::cut::<C>(self.depth(), rank).iter().map(Span::steps::<C>).sum();
         let panel_bytes = steps.max(1) * 2 * size_of::<Tile>();
@@ -204,10 +233,9 @@ impl<'a, T: Element> Product<'a, T> {
         for first in (0..self.tokens).step_by(panels * PANEL) {
             let tokens = first..self.tokens.min(first + panels * PANEL);
             let out = &mut out[tokens.start * outputs..tokens.end * outputs];
-            let hidden = &mut hidden[tokens.start * rank..tokens.end * rank];
+            let hidden = hidden.part(tokens.start * rank..tokens.end * rank);
             self.write_tokens::<C>(kernels, tokens, out, hidden, threads);
         }
-        Ok(())
     }
 
     /// The same for some tokens, few enough that they can be packed whole.
@@ -216,7 +244,7 @@ impl<'a, T: Element> Product<'a, T> {
         kernels: &Kernels,
         tokens: Range<usize>,
         out: &mut [T],
-        hidden: &mut [T],
+        hidden: Hidden<'_, T>,
         threads: usize,
     ) {
         advise_huge_pages(out);
@@ -231,7 +259,13 @@ impl<'a, T: Element> Product<'a, T> {
         tasks.extend(scales.tasks());
         parallel::for_each(tasks, threads, |task| self.prepare::<C>(kernels, tokens.start, task));
         if self.rank() > 0 {
-            self.write_hidden::<C>(kernels, &activations, count, hidden, threads);
+            let hidden = match hidden {
+                Hidden::Wanted(hidden) => {
+                    self.write_hidden::<C>(kernels, &activations, count, hidden, threads);
+                    &*hidden
+                }
+                Hidden::Given(hidden) => hidden,
+            };
             let tasks = activations.tasks(true);
             parallel::for_each(tasks, threads, |task| self.pack_hidden::<C>(kernels, hidden, task));
         }

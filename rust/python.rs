@@ -13,7 +13,7 @@ use pyo3::prelude::*;
 #[pymodule(name = "_rust", gil_used = false)]
 mod extension {
     #[pymodule_export]
-    use super::dense::dense_rows;
+    use super::dense::multiply_dense;
     #[pymodule_export]
     use super::functions::{
         cpu_path, cpu_paths, cross_entropy, cuda_source, dequantize, double_quantize, dynamic_map,

@@ -99,13 +99,13 @@ def test_logits_are_none_with_labels_and_as_before_without() -> None:
 def test_logits_of_few_tokens_without_gradients(
     dtype: torch.dtype, bias: bool, tokens: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    calls, direct = [], qlora_rs.cpu.dense_rows
-    monkeypatch.setattr(
-        qlora_rs.cpu, "dense_rows", lambda *operands: calls.append(1) or direct(*operands)
-    )
     model = tiny_llama.dense()
     head = model.lm_head = nn.Linear(64, 64, bias=bias)
     model = fuse_loss(model.to(dtype))
+    calls, direct = [], qlora_rs.cpu.multiply_dense
+    monkeypatch.setattr(
+        qlora_rs.cpu, "multiply_dense", lambda *operands: calls.append(1) or direct(*operands)
+    )
     hidden = torch.randn(1, tokens, 64).to(dtype)
     with torch.no_grad():
         ours = head(hidden)

@@ -13,7 +13,6 @@ __all__ = [
     "cpu_paths",
     "cross_entropy",
     "cuda_source",
-    "dense_rows",
     "dequantize",
     "double_quantize",
     "dynamic_map",
@@ -24,6 +23,7 @@ __all__ = [
     "merge_factor_length",
     "merge_moment",
     "multiply",
+    "multiply_dense",
     "quantize",
     "refuse_non_finite",
     "rms_norm",
@@ -39,11 +39,12 @@ def levels() -> list[float]: ...
 def dynamic_map() -> list[float]: ...
 def cuda_source(name: str) -> str: ...
 def refuse_non_finite(count: int, rows: int, columns: int, first: int) -> None: ...
-def dense_rows(
-    x: _Capsule,
+def multiply_dense(
+    backward: bool,
+    activations: _Capsule,
     tokens: int,
-    columns: int,
     weight: _Capsule,
+    shape: tuple[int, int],
     bias: _Capsule | None,
     out: _Capsule,
     threads: int,

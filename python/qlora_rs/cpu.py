@@ -242,16 +242,26 @@ def _factor_gradient(left: Tensor, right: Tensor, factor: Tensor, transposed: bo
     return out
 
 
-def dense_rows(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """y [..., out] = x [..., in] Wᵀ + bias for few rows of x and a dense W, all of one half type or
-    float32, contiguous; each weight is read once."""
-    columns = weight.shape[1]
-    out = torch.empty((*x.shape[:-1], len(weight)), dtype=x.dtype)
-    _rust.dense_rows(
-        to_dlpack(x),
-        math.prod(x.shape[:-1]),
-        columns,
+def multiply_dense(
+    backward: bool,
+    activations: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    out: Tensor | None = None,
+) -> Tensor:
+    """activations [..., depth] times a dense Wᵀ (or W, backward) plus bias, in `out` if given.
+
+    All of one half type or float32, contiguous; summed in float32, rounded once.
+    """
+    shape = activations.shape[:-1]
+    if out is None:
+        out = torch.empty((*shape, weight.shape[int(backward)]), dtype=activations.dtype)
+    _rust.multiply_dense(
+        backward,
+        to_dlpack(activations),
+        math.prod(shape),
         to_dlpack(weight),
+        (weight.shape[0], weight.shape[1]),
         None if bias is None else to_dlpack(bias),
         to_dlpack(out),
         torch.get_num_threads(),

@@ -128,7 +128,7 @@ class _DeferringForward(OwnForward):
         if self.replaced is None and self._is_small(hidden):
             weight, bias = self.module.weight, self.module.bias
             bias = None if bias is None else cpu.plain(bias)
-            return cpu.dense_rows(cpu.plain(hidden), cpu.plain(weight), bias)
+            return cpu.multiply_dense(False, cpu.plain(hidden), cpu.plain(weight), bias)
         return self.__wrapped__(hidden)
 
     def _is_small(self, hidden: Tensor) -> bool:

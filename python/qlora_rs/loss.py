@@ -19,7 +19,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from qlora_rs import cpu
+from qlora_rs import _rust, cpu
 from qlora_rs.cpu import Packed
 from qlora_rs.errors import QloraError
 from qlora_rs.ops import check_activations
@@ -55,8 +55,9 @@ def linear_cross_entropy(
     no targets is NaN, as in torch.
     Gradients flow to hidden, weight and bias, once; they are computed during the forward pass.
     Those of weight and bias need a "mean" or a "sum", and weight's is rounded to its dtype after
-    each chunk. Products with a dense weight are torch's, so their last bits may depend on the
-    number of threads; all else is the same on any.
+    each chunk. Products with a dense weight are torch's (but for half types on CPUs that
+    multiply float32 faster), so their last bits may depend on the number of threads; all else is
+    the same on any.
     Allocates 16 MiB of logits, or those of 128 tokens if that is more, and the gradients that are
     needed (weight's twice).
     Raises QloraError when dtypes, devices, shapes or targets do not fit.
@@ -173,6 +174,9 @@ def _write_logits(hidden: Tensor, weight: Weight, bias: Tensor | None, logits: T
     if isinstance(weight, PackedWeight):
         bias = None if bias is None else bias.detach()
         cpu.linear(hidden, Packed(*weight.arguments()), bias, out=logits)
+    elif _is_faster_in_float32(hidden, weight):
+        bias = None if bias is None else cpu.plain(bias)
+        cpu.multiply_dense(False, hidden, cpu.plain(weight), bias, out=logits)
     elif bias is None:
         torch.mm(hidden, weight.t(), out=logits)
     else:
@@ -182,8 +186,19 @@ def _write_logits(hidden: Tensor, weight: Weight, bias: Tensor | None, logits: T
 def _write_grad_hidden(grad: Tensor, weight: Weight, grad_hidden: Tensor) -> None:
     if isinstance(weight, PackedWeight):
         cpu.linear_backward(grad, Packed(*weight.arguments()), out=grad_hidden)
+    elif _is_faster_in_float32(grad, weight):
+        cpu.multiply_dense(True, grad, cpu.plain(weight), out=grad_hidden)
     else:
         torch.mm(grad, weight, out=grad_hidden)
+
+
+def _is_faster_in_float32(activations: Tensor, weight: Tensor) -> bool:
+    """Whether the CPU multiplies float32 faster than this half type, as ours then does."""
+    return (
+        activations.dtype in (torch.bfloat16, torch.float16)
+        and weight.is_contiguous()
+        and _rust.cpu_path() in ("avx2", "avx512")
+    )
 
 
 def _check_operands(hidden: Tensor, weight: Weight, bias: Tensor | None) -> None:

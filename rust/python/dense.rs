@@ -2,42 +2,66 @@
 
 use super::arguments::{Argument, Scalar};
 use super::functions::for_element;
-use crate::dense_rows::DenseRows;
+use crate::dense_rows::{DenseRows, MOST_TOKENS};
 use crate::element::Element;
+use crate::gemm::Direction;
+use crate::gemm::dense::DenseProduct;
 use crate::simd;
 use pyo3::prelude::*;
 use pyo3::types::PyCapsule;
 
-/// `tokens` rows of `columns` activations times the transposed dense weight, plus a bias, into `out`.
+/// `tokens` rows of activations times the dense weight [rows, columns], transposed unless `backward`,
+/// plus a bias, into `out`.
 #[pyfunction]
-pub fn dense_rows(
+pub fn multiply_dense(
     py: Python<'_>,
-    x: &Bound<'_, PyCapsule>,
+    backward: bool,
+    activations: &Bound<'_, PyCapsule>,
     tokens: usize,
-    columns: usize,
     weight: &Bound<'_, PyCapsule>,
+    shape: (usize, usize),
     bias: Option<Bound<'_, PyCapsule>>,
     out: &Bound<'_, PyCapsule>,
     threads: usize,
 ) -> PyResult<()> {
-    let (x, weight) = (Argument::new("x", x)?, Argument::new("weight", weight)?);
-    let bias = bias.map(|bias| Argument::new("bias", &bias)).transpose()?;
+    let operands = Operands {
+        direction: if backward { Direction::Backward } else { Direction::Forward },
+        activations: Argument::new("activations", activations)?,
+        tokens,
+        weight: Argument::new("weight", weight)?,
+        shape,
+        bias: bias.map(|bias| Argument::new("bias", &bias)).transpose()?,
+    };
     let out = Argument::new("out", out)?;
-    return for_element!(x, run(py, &x, (tokens, columns), &weight, bias.as_ref(), out, threads));
+    return for_element!(out, run(py, &operands, out, threads));
 
     fn run<T: Element + Scalar>(
         py: Python<'_>,
-        x: &Argument<'_>,
-        (tokens, columns): (usize, usize),
-        weight: &Argument<'_>,
-        bias: Option<&Argument<'_>>,
+        operands: &Operands<'_>,
         mut out: Argument<'_>,
         threads: usize,
     ) -> PyResult<()> {
-        let (x, weight) = (x.slice::<T>()?, weight.slice::<T>()?);
-        let bias = bias.map(Argument::slice::<T>).transpose()?;
-        let product = DenseRows { weight, x, bias, tokens, columns };
+        let Operands { direction, tokens, shape: (rows, columns), .. } = *operands;
+        let activations = operands.activations.slice::<T>()?;
+        let bias = operands.bias.as_ref().map(Argument::slice::<T>).transpose()?;
         let (kernels, out) = (simd::kernels()?, out.slice_mut::<T>()?);
+        if direction == Direction::Forward && tokens <= MOST_TOKENS {
+            let weight = operands.weight.slice::<T>()?;
+            let product = DenseRows { weight, x: activations, bias, tokens, columns };
+            return Ok(py.detach(|| product.write(kernels, out, threads))?);
+        }
+        let weight = operands.weight.floats()?;
+        let product = DenseProduct { direction, weight, rows, columns, activations, tokens, bias };
         Ok(py.detach(|| product.write(kernels, out, threads))?)
     }
+}
+
+/// The operands before their element type is known.
+struct Operands<'py> {
+    direction: Direction,
+    activations: Argument<'py>,
+    tokens: usize,
+    weight: Argument<'py>,
+    shape: (usize, usize),
+    bias: Option<Argument<'py>>,
 }
