@@ -1,6 +1,6 @@
 //! y = x Wᵀ + b for few rows of x and a dense W, of which every weight is read once.
 //!
-//! This is a model's output layer during generation. The bound is memory; W's rows are widened a few
+//! This is a model's output layer, mostly in generation. The bound is memory; W's rows are widened a few
 //! at a time, in the first-level cache.
 
 use crate::element::Element;

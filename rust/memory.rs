@@ -56,8 +56,9 @@ thread_local! {
     static KEPT: RefCell<Vec<Buffer>> = const { RefCell::new(Vec::new()) };
 }
 
-/// A call holds five at a time: activations, hidden activations, sums, scales and weights.
-const MOST_KEPT: usize = 5;
+/// A call holds seven at a time: in a dense backward product, beside the segment's activations, its sums
+/// and all, those of every product: packed activations, sums, scales and weights.
+const MOST_KEPT: usize = 7;
 
 /// Numbers that scratch memory may be seen as.
 ///

@@ -279,7 +279,10 @@ def test_peft_and_a_compiler() -> None:
     config = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
     assert len(gradients(widen_attention(get_peft_model(model, config)), input_ids=IDS, labels=IDS))
     query, key, value, _ = (t.requires_grad_() for t in operands(torch.bfloat16))
-    function = torch.compile(lambda *qkv: _attend(Attention(), *qkv, None)[0], backend="aot_eager")
+    module = Attention()
+    function = torch.compile(
+        lambda *qkv: _attend(module, *qkv, None)[0], fullgraph=True, backend="aot_eager"
+    )
     own = sdpa_attention_forward(Attention(), query, key, value, None)[0]
     assert torch.allclose(function(query, key, value), own, atol=1e-2)
 
@@ -296,12 +299,22 @@ def falcon() -> nn.Module:
     return FalconForCausalLM(FalconConfig(vocab_size=64, **sizes))
 
 
+class Wrapped(nn.Module):
+    """Shows a configuration, and is no model of transformers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.model = tiny_llama.dense()
+        self.config = self.model.config
+
+
 @pytest.mark.parametrize(
     ("build", "sentence"),
     [
         (eager, "computes attention by 'eager'.*attn_implementation=\"sdpa\""),
         (lambda: nn.Linear(3, 3), "Linear computes attention by None"),
         (falcon, "does not take its attention from transformers' registry"),
+        (Wrapped, "Wrapped does not take its attention from transformers' registry"),
         (lambda: widen_attention(tiny_llama.dense()), "widened already; unwiden_attention"),
     ],
 )

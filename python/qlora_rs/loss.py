@@ -55,11 +55,12 @@ def linear_cross_entropy(
     no targets is NaN, as in torch.
     Gradients flow to hidden, weight and bias, once; they are computed during the forward pass.
     Those of weight and bias need a "mean" or a "sum", and weight's is rounded to its dtype after
-    each chunk. Products with a dense weight are torch's (but for half types on CPUs that
-    multiply float32 faster), so their last bits may depend on the number of threads; all else is
-    the same on any.
-    Allocates 16 MiB of logits, or those of 128 tokens if that is more, and the gradients that are
-    needed (weight's twice).
+    each chunk. Products with a dense weight are torch's, and so is that which makes its gradient:
+    their last bits may depend on the number of threads. On CPUs that multiply float32 faster than a
+    half type, logits and hidden's gradient are ours, summed in float32; they and all else are the
+    same on any number.
+    Allocates 16 MiB of logits, or those of 128 tokens if that is more, the gradients that are
+    needed (weight's twice), and about 8 MiB of scratch per thread.
     Raises QloraError when dtypes, devices, shapes or targets do not fit.
 
     >>> hidden, weight = torch.randn(3, 8, requires_grad=True), torch.zeros(100, 8)

@@ -23,8 +23,9 @@ use crate::simd::Kernels;
 /// in a pass, and each pass widens all weights.
 const SEGMENT_ROWS: usize = 2048;
 
-/// What the running sums of some tokens may take, and once more their next segment's.
-const SEGMENT_BYTES: usize = 2 << 20;
+/// What some tokens' running sums, those of the next segment, its activations and their packed copy may
+/// take together.
+const SEGMENT_BYTES: usize = 6 << 20;
 
 /// Tokens whose activations one task copies.
 const TASK_TOKENS: usize = 16;
@@ -51,7 +52,7 @@ pub struct DenseProduct<'a, T> {
 impl<T: Element> DenseProduct<'_, T> {
     /// Write the product, summed in f32 and rounded once, to `out` [tokens, outputs].
     ///
-    /// Scratch: as [`Product::write`].
+    /// Scratch: about 8 MiB per thread, as [`Product::write`].
     ///
     /// # Errors
     /// [`Error::Operand`] when an operand has another length than the shapes ask for.
@@ -84,10 +85,14 @@ impl<T: Element> DenseProduct<'_, T> {
         let Self { weight, rows, columns, activations, tokens, .. } = *self;
         check_length("x", activations.len(), tokens * rows)?;
         check_length("y", out.len(), tokens * columns)?;
+        if let Some(bias) = self.bias {
+            check_length("bias", bias.len(), columns)?;
+        }
         if out.is_empty() {
             return Ok(());
         }
-        let most = (SEGMENT_BYTES / size_of::<f32>() / columns).clamp(PANEL, MOST_TOKENS);
+        let values_per_token = 2 * (columns + SEGMENT_ROWS);
+        let most = (SEGMENT_BYTES / size_of::<f32>() / values_per_token).clamp(PANEL, MOST_TOKENS);
         let room_for = |count: usize| Scratch::of::<f32>(most.min(tokens) * count);
         let (mut total, mut part, mut segment) =
             (room_for(columns), room_for(columns), room_for(SEGMENT_ROWS));
@@ -162,7 +167,7 @@ mod tests {
             (2, 4, 0),
             (2, 0, 4),
         ] {
-            let (weight, bias): (Vec<T>, Vec<T>) = (values(rows * columns, 1), values(rows, 3));
+            let (weight, bias): (Vec<T>, Vec<T>) = (values(rows * columns, 1), values(rows.max(columns), 3));
             let wide: Vec<f64> = weight.iter().map(|w| f64::from(w.to_f32())).collect();
             for direction in [Direction::Forward, Direction::Backward] {
                 let forward = direction == Direction::Forward;
@@ -176,7 +181,7 @@ mod tests {
                         columns,
                         activations: &activations,
                         tokens,
-                        bias: forward.then_some(&bias[..]),
+                        bias: Some(&bias[..outputs]),
                     };
                     let [mut one, mut two] =
                         [vec![T::default(); tokens * outputs], vec![T::default(); tokens * outputs]];
@@ -189,7 +194,7 @@ mod tests {
                         };
                         let x = |k: usize| f64::from(activations[token * depth + k].to_f32());
                         let sum: f64 = (0..depth).map(|k| weight(k) * x(k)).sum();
-                        let exact = sum + if forward { f64::from(bias[output].to_f32()) } else { 0.0 };
+                        let exact = sum + f64::from(bias[output].to_f32());
                         let got = f64::from(one.to_f32());
                         assert!(got == f64::from(two.to_f32()), "{}: two threads", path.name);
                         let bound = epsilon * exact.abs() + 3e-7 * (depth as f64 + 10.0);

@@ -3,7 +3,8 @@
 torch's attention for the CPU multiplies bfloat16 backward at a quarter of the speed it has in
 float32 on CPUs whose products of bfloat16 are slow, and rounds every probability on the way. Here
 queries, keys and values are widened on the way in, and results and gradients rounded once. Kept for
-backward are the narrow ones alone; attention is computed again there, which costs less than memory.
+backward are the narrow ones (and a mask) alone; attention is computed again there, which costs less
+than memory.
 
 transformers looks its attention functions up by name. What is registered as "sdpa" becomes a
 function that asks the layer whether it is widened, and calls what was registered before. The name
@@ -33,10 +34,11 @@ def widen_attention(model: nn.Module) -> nn.Module:
     model: of transformers, plain or wrapped by peft, whose attention is torch's ("sdpa", the
     default). Marks its layers named "...Attention...", and registers a function under "sdpa" that
     computes those in float32 and rounds results and gradients once; layers of other models take
-    the way they took. Without gradients (`generate`, evaluation, the first pass of a reentrant
-    checkpoint), with dropout inside attention, in float32, on other devices and under torch.compile
-    attention is what it was. Saved weights and configurations never know of it; `copy.deepcopy` and
-    pickle keep it (in another process, call this again).
+    the way they took, and so do parts of this one that were loaded with another attention.
+    Without gradients (`generate`, evaluation, the first pass of a reentrant checkpoint), with
+    dropout inside attention, in float32, on other devices and under torch.compile attention is
+    what it was. Saved weights and configurations never know of it; `copy.deepcopy` and pickle keep
+    it (in another process, call this again).
     Returns the model. Raises QloraError where attention is computed by something else.
 
     >>> from transformers import LlamaConfig, LlamaForCausalLM
@@ -59,7 +61,8 @@ def widen_attention(model: nn.Module) -> nn.Module:
             "widen_attention out"
         )
     layers = [m for m in base.modules() if "Attention" in type(m).__name__]
-    if not layers or not base._can_set_attn_implementation():
+    asks_registry = getattr(base, "_can_set_attn_implementation", None)
+    if not layers or asks_registry is None or not asks_registry():
         raise QloraError(
             f"{type(base).__name__} does not take its attention from transformers' registry, so it "
             "cannot be widened; leave widen_attention out"
@@ -146,6 +149,8 @@ def _fits(
         and query.is_cpu
         and ops.runs_directly(query)
         and not dropout
+        # transformers names all but the mask; by place, a dropout could be among them.
+        and len(arguments) <= 1
         # A bias of positions that is learned, a cache in pages: rare, and theirs.
         and not any(t.requires_grad for t in others)
         and options.get("cache") is None
