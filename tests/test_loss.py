@@ -222,11 +222,12 @@ def test_autocast_computes_in_its_dtype() -> None:
 @pytest.mark.parametrize("dtype", given_strategies.FLOATS)
 @pytest.mark.parametrize("dense", [False, True])
 def test_the_bytes_do_not_depend_on_threads(
-    dtype: torch.dtype, dense: bool, torch_threads: Callable
+    dtype: torch.dtype, dense: bool, torch_threads: Callable, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    # On every CPU and for every type by our own product, also where torch's is chosen: torch sums in
+    # an order that depends on threads.
+    monkeypatch.setattr(loss, "_is_faster_in_float32", lambda *_: True)
     hidden, weight = (torch.randn(n, 64).to(dtype) for n in (37, 3000))
-    if dense and not loss._is_faster_in_float32(hidden, weight):
-        pytest.skip("torch's own product sums in an order that depends on threads")
     weight, targets = weight if dense else qlora_rs.quantize(weight), torch.randint(3000, (37,))
     hidden.requires_grad_()
 

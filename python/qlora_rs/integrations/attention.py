@@ -1,8 +1,7 @@
 """Compute a transformers model's attention in float32 while it is trained in a half type.
 
-torch's attention for the CPU multiplies bfloat16 backward at a quarter of the speed it has in
-float32 on CPUs whose products of bfloat16 are slow, and rounds every probability on the way. Here
-queries, keys and values are widened on the way in, and results and gradients rounded once. Kept for
+On CPUs whose products of bfloat16 are slow, torch's attention takes longer in that type than in
+float32, backward most of all, and it rounds every probability on the way. Here queries, keys and values are widened on the way in, and results and gradients rounded once. Kept for
 backward are the narrow ones (and a mask) alone; attention is computed again there, which costs less
 than memory.
 
