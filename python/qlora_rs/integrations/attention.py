@@ -1,9 +1,9 @@
 """Compute a transformers model's attention in float32 while it is trained in a half type.
 
 On CPUs whose products of bfloat16 are slow, torch's attention takes longer in that type than in
-float32, backward most of all, and it rounds every probability on the way. Here queries, keys and values are widened on the way in, and results and gradients rounded once. Kept for
-backward are the narrow ones (and a mask) alone; attention is computed again there, which costs less
-than memory.
+float32, backward most of all, and it rounds every probability on the way. Here queries, keys and
+values are widened on the way in, and results and gradients rounded once. Kept for backward are the
+narrow ones (and a mask) alone; attention is computed again there, which costs less than memory.
 
 transformers looks its attention functions up by name. What is registered as "sdpa" becomes a
 function that asks the layer whether it is widened, and calls what was registered before. The name
