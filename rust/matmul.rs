@@ -1,8 +1,10 @@
-//! Products with a packed matrix: the choice between the ways to compute them.
+//! Products with a packed or a dense matrix: the choice between the ways to compute them.
 
+use crate::dense_rows;
 use crate::element::Element;
 use crate::error::Error;
 use crate::few_rows;
+use crate::gemm::dense::DenseProduct;
 use crate::gemm::{Direction, Product};
 use crate::simd::Kernels;
 use half::bf16;
@@ -42,6 +44,23 @@ pub fn write_blocks<T: Element>(
         product.write::<bf16>(kernels, out, hidden, threads)
     } else {
         product.write::<f32>(kernels, out, hidden, threads)
+    }
+}
+
+/// Write a product with a dense matrix to `out`, by the faster way for its number of rows.
+///
+/// # Errors
+/// As [`write`].
+pub fn write_dense<T: Element>(
+    product: &DenseProduct<'_, T>,
+    kernels: &Kernels,
+    out: &mut [T],
+    threads: usize,
+) -> Result<(), Error> {
+    if product.direction == Direction::Forward && product.tokens <= dense_rows::MOST_TOKENS {
+        dense_rows::write(product, kernels, out, threads)
+    } else {
+        product.write(kernels, out, threads)
     }
 }
 

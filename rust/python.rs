@@ -24,12 +24,13 @@ mod extension {
     #[pymodule_export]
     use super::norms::rms_norm;
 
-    use super::{Bound, PyModule, PyResult, exceptions};
+    use super::{Bound, PyModule, PyModuleMethods, PyResult, exceptions};
 
     #[pymodule_init]
     fn init(module: &Bound<'_, PyModule>) -> PyResult<()> {
         crate::parallel::remember_process();
         exceptions::register(module)?;
-        pyo3::prelude::PyModuleMethods::add(module, "__version__", env!("CARGO_PKG_VERSION"))
+        module.add("FEW_DENSE_TOKENS", crate::dense_rows::MOST_TOKENS)?;
+        module.add("__version__", env!("CARGO_PKG_VERSION"))
     }
 }

@@ -7,6 +7,7 @@ _Capsule: TypeAlias = Any
 _Packed: TypeAlias = tuple[_Capsule, _Capsule, _Capsule | None, _Capsule | None, _Capsule | None]
 
 __all__ = [
+    "FEW_DENSE_TOKENS",
     "QloraError",
     "__version__",
     "cpu_path",
@@ -29,6 +30,7 @@ __all__ = [
     "rms_norm",
 ]
 
+FEW_DENSE_TOKENS: int
 __version__: str
 
 class QloraError(ValueError): ...

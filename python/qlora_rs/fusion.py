@@ -21,13 +21,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qlora_rs import cpu, ops
+from qlora_rs import _rust, cpu, ops
 from qlora_rs.deferred_logits import DeferredLogits
 from qlora_rs.errors import QloraError
 from qlora_rs.layers import NF4Linear
-
-# Rows of hidden states, at most, that the output layer multiplies without torch, if not trained.
-MOST_DIRECT_TOKENS = 8
 
 # The output layer of the fused model that this thread is inside of, if it was called with labels.
 _DEFERRING: ContextVar[Any] = ContextVar("qlora_rs_deferring", default=None)
@@ -146,7 +143,7 @@ class _DeferringForward(OwnForward):
             and (layer.bias is None or layer.bias.dtype is hidden.dtype)
             and not torch.is_autocast_enabled("cpu")
             and shape[-1:] == layer.weight.shape[1:]
-            and hidden.numel() <= MOST_DIRECT_TOKENS * shape[-1]
+            and hidden.numel() <= _rust.FEW_DENSE_TOKENS * shape[-1]
         )
 
 

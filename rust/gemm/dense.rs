@@ -7,7 +7,8 @@
 //! ```
 //!
 //! Weights of a half type are widened block by block, in the cache. That is a model's output layer in
-//! training, on CPUs that multiply f32 faster than what the weights are stored in.
+//! training, on CPUs that multiply f32 faster than what the weights are stored in. Few rows: see
+//! `dense_rows.rs`.
 
 use super::tile::PANEL;
 use super::{Direction, Hidden, LowRank, MOST_TOKENS, Product};
@@ -50,6 +51,21 @@ pub struct DenseProduct<'a, T> {
 }
 
 impl<T: Element> DenseProduct<'_, T> {
+    /// Check every operand's length against the shapes, and that of the result.
+    ///
+    /// # Errors
+    /// [`Error::Operand`] naming the one at fault.
+    pub fn check(&self, out: usize) -> Result<(), Error> {
+        let (outputs, depth) = match self.direction {
+            Direction::Forward => (self.rows, self.columns),
+            Direction::Backward => (self.columns, self.rows),
+        };
+        check_length("x", self.activations.len(), self.tokens * depth)?;
+        check_length("y", out, self.tokens * outputs)?;
+        check_length("weight", self.weight.len(), self.rows * self.columns)?;
+        self.bias.map_or(Ok(()), |bias| check_length("bias", bias.len(), outputs))
+    }
+
     /// Write the product, summed in f32 and rounded once, to `out` [tokens, outputs].
     ///
     /// Scratch: about 8 MiB per thread, as [`Product::write`].
@@ -58,12 +74,12 @@ impl<T: Element> DenseProduct<'_, T> {
     /// [`Error::Operand`] when an operand has another length than the shapes ask for.
     pub fn write(&self, kernels: &Kernels, out: &mut [T], threads: usize) -> Result<(), Error> {
         let Self { direction, weight, rows, columns, activations, tokens, bias } = *self;
+        self.check(out.len())?;
         let nothing = Floats::F32(&[]);
         let (a, b, rank, shape) = match direction {
             Direction::Forward => (nothing, weight, columns, (rows, 0)),
             Direction::Backward => (weight, nothing, rows, (0, columns)),
         };
-        check_length("weight", weight.len(), rows * columns)?;
         if direction == Direction::Backward && rows > SEGMENT_ROWS {
             return self.write_in_segments(kernels, out, threads);
         }
@@ -75,7 +91,6 @@ impl<T: Element> DenseProduct<'_, T> {
             low_rank: Some(LowRank { a, b, rank, scaling: 1.0 }),
             bias,
         };
-        product.check(out.len(), activations.len())?;
         product.write_passes::<f32>(kernels, out, Hidden::Given(activations), threads.max(1));
         Ok(())
     }
@@ -83,11 +98,6 @@ impl<T: Element> DenseProduct<'_, T> {
     /// A deep backward product as a sum, in f32, of shallower ones.
     fn write_in_segments(&self, kernels: &Kernels, out: &mut [T], threads: usize) -> Result<(), Error> {
         let Self { weight, rows, columns, activations, tokens, .. } = *self;
-        check_length("x", activations.len(), tokens * rows)?;
-        check_length("y", out.len(), tokens * columns)?;
-        if let Some(bias) = self.bias {
-            check_length("bias", bias.len(), columns)?;
-        }
         if out.is_empty() {
             return Ok(());
         }
@@ -138,97 +148,4 @@ impl<T: Element> DenseProduct<'_, T> {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::{DenseProduct, Direction};
-    use crate::element::{Element, Floats};
-    use crate::error::Error;
-    use crate::simd::available;
-    use half::{bf16, f16};
-
-    fn values<T: Element>(count: usize, seed: u64) -> Vec<T> {
-        let mut state = seed;
-        let mut next = || {
-            state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
-            (state >> 40) as f32 / 8_388_608.0 - 1.0
-        };
-        (0..count).map(|_| T::from_f32(next())).collect()
-    }
-
-    fn agrees_with_f64<T: Element>(view: fn(&[T]) -> Floats<'_>, epsilon: f64) {
-        // Deep ones need several passes over the tokens.
-        for (tokens, rows, columns) in [
-            (0, 3, 4),
-            (1, 1, 1),
-            (3, 17, 5),
-            (70, 330, 64),
-            (33, 5, 577),
-            (40, 40_000, 3),
-            (600, 2100, 40),
-            (2, 4, 0),
-            (2, 0, 4),
-        ] {
-            let (weight, bias): (Vec<T>, Vec<T>) = (values(rows * columns, 1), values(rows.max(columns), 3));
-            let wide: Vec<f64> = weight.iter().map(|w| f64::from(w.to_f32())).collect();
-            for direction in [Direction::Forward, Direction::Backward] {
-                let forward = direction == Direction::Forward;
-                let (depth, outputs) = if forward { (columns, rows) } else { (rows, columns) };
-                let activations: Vec<T> = values(tokens * depth, 2);
-                for path in available() {
-                    let product = DenseProduct {
-                        direction,
-                        weight: view(&weight),
-                        rows,
-                        columns,
-                        activations: &activations,
-                        tokens,
-                        bias: Some(&bias[..outputs]),
-                    };
-                    let [mut one, mut two] =
-                        [vec![T::default(); tokens * outputs], vec![T::default(); tokens * outputs]];
-                    product.write(path, &mut one, 1).expect("lengths fit");
-                    product.write(path, &mut two, 2).expect("lengths fit");
-                    for (i, (one, two)) in one.iter().zip(&two).enumerate() {
-                        let (token, output) = (i / outputs, i % outputs);
-                        let weight = |k: usize| {
-                            wide[if forward { output * columns + k } else { k * columns + output }]
-                        };
-                        let x = |k: usize| f64::from(activations[token * depth + k].to_f32());
-                        let sum: f64 = (0..depth).map(|k| weight(k) * x(k)).sum();
-                        let exact = sum + f64::from(bias[output].to_f32());
-                        let got = f64::from(one.to_f32());
-                        assert!(got == f64::from(two.to_f32()), "{}: two threads", path.name);
-                        let bound = epsilon * exact.abs() + 3e-7 * (depth as f64 + 10.0);
-                        assert!((got - exact).abs() <= bound, "{} {tokens} {rows} {columns}", path.name);
-                    }
-                }
-            }
-        }
-    }
-
-    #[test]
-    fn products_agree_with_f64() {
-        agrees_with_f64::<f32>(|values| Floats::F32(values), 1e-6);
-        agrees_with_f64::<f16>(|values| Floats::F16(values), 1e-3);
-        agrees_with_f64::<bf16>(|values| Floats::Bf16(values), 5e-3);
-    }
-
-    #[test]
-    fn lengths_that_do_not_fit_are_refused() {
-        let (path, weight) = (available()[0], [0.0_f32; 12]);
-        let product = DenseProduct {
-            direction: Direction::Backward,
-            weight: Floats::F32(&weight),
-            rows: 3,
-            columns: 4,
-            activations: &weight[..6],
-            tokens: 2,
-            bias: None,
-        };
-        assert!(product.write(path, &mut [0.0; 8], 1).is_ok());
-        assert!(matches!(product.write(path, &mut [0.0; 7], 1), Err(Error::Operand { .. })));
-        let short = DenseProduct { activations: &weight[..5], ..product };
-        assert!(matches!(short.write(path, &mut [0.0; 8], 1), Err(Error::Operand { .. })));
-        let thin = DenseProduct { weight: Floats::F32(&weight[..11]), ..product };
-        assert!(matches!(thin.write(path, &mut [0.0; 8], 1), Err(Error::Operand { .. })));
-    }
-}
+mod tests;

@@ -8,7 +8,7 @@ use half::{bf16, f16};
 use proptest::prelude::*;
 
 /// Numbers in [-1, 1) from a seed.
-fn numbers(seed: u64) -> impl FnMut() -> f32 {
+pub(super) fn numbers(seed: u64) -> impl FnMut() -> f32 {
     let mut state = seed | 1;
     move || {
         state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);

@@ -2,11 +2,10 @@
 
 use super::arguments::{Argument, Scalar};
 use super::functions::for_element;
-use crate::dense_rows::{DenseRows, MOST_TOKENS};
 use crate::element::Element;
 use crate::gemm::Direction;
 use crate::gemm::dense::DenseProduct;
-use crate::simd;
+use crate::{matmul, simd};
 use pyo3::prelude::*;
 use pyo3::types::PyCapsule;
 
@@ -42,17 +41,17 @@ pub fn multiply_dense(
         threads: usize,
     ) -> PyResult<()> {
         let Operands { direction, tokens, shape: (rows, columns), .. } = *operands;
-        let activations = operands.activations.slice::<T>()?;
-        let bias = operands.bias.as_ref().map(Argument::slice::<T>).transpose()?;
+        let product = DenseProduct {
+            direction,
+            weight: operands.weight.floats()?,
+            rows,
+            columns,
+            activations: operands.activations.slice::<T>()?,
+            tokens,
+            bias: operands.bias.as_ref().map(Argument::slice::<T>).transpose()?,
+        };
         let (kernels, out) = (simd::kernels()?, out.slice_mut::<T>()?);
-        if direction == Direction::Forward && tokens <= MOST_TOKENS {
-            let weight = operands.weight.slice::<T>()?;
-            let product = DenseRows { weight, x: activations, bias, tokens, columns };
-            return Ok(py.detach(|| product.write(kernels, out, threads))?);
-        }
-        let weight = operands.weight.floats()?;
-        let product = DenseProduct { direction, weight, rows, columns, activations, tokens, bias };
-        Ok(py.detach(|| product.write(kernels, out, threads))?)
+        Ok(py.detach(|| matmul::write_dense(&product, kernels, out, threads))?)
     }
 }
 
