@@ -2,6 +2,7 @@
 
     python -m benches.cuda_profile dequantize_nf4
     python -m benches.cuda_profile quantize_nf4 --dtype float32 --rows 4096 --columns 4096
+    python -m benches.cuda_profile few_rows_nf4 --tokens 8
 
 The PTX that NVRTC emits is executed by tests/ptx_emulator, which also refuses races, accesses out
 of bounds and the like. It counts by class, by buffer and by line of the CUDA source; nothing of it
@@ -25,20 +26,52 @@ TESTS = Path(__file__).parent.parent / "tests"
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 SECTOR = 32
 LINES = 20
+KERNELS = ("quantize_nf4", "double_quantize", "dequantize_nf4", "few_rows_nf4")
 
 
-def needed_bytes(kernel: str, count: int, dtype: torch.dtype, block_size: int) -> dict[str, int]:
-    """Bytes that a kernel must read and write, by parameter, with double quantization."""
+def needed_bytes(
+    kernel: str, weight: torch.Tensor, block_size: int = 64, tokens: int = 1
+) -> dict[str, int]:
+    """Bytes that a kernel must read and write, by parameter, with double quantization.
+
+    weight: [out, in]; tokens: rows of x, for few_rows_nf4.
+    """
+    (features, columns), dtype, count = weight.shape, weight.dtype, weight.numel()
     blocks = -(-count // block_size)
     nested = {"nested_absmax": -(-blocks // 256) * 4, "nested_offset": 4}
     dense, codes = count * dtype.itemsize, (count + 1) // 2
+    packed = {"codes": codes, "absmax": blocks, **nested, "nested_map": 1024}
+    vectors = {"x": tokens * columns * dtype.itemsize, "y": tokens * features * dtype.itemsize}
     return {
         "quantize_nf4": {"weights": dense, "codes": codes, "absmax": blocks * 4},
         "double_quantize": {"absmax": blocks * 4, "codes": blocks, **nested},
-        "dequantize_nf4": {
-            "codes": codes, "absmax": blocks, **nested, "nested_map": 1024, "out": dense,
-        },
-    }[kernel]  # fmt: skip
+        "dequantize_nf4": {**packed, "out": dense},
+        "few_rows_nf4": {**packed, **vectors},
+    }[kernel]
+
+
+def emulate(
+    kernel: str,
+    weight: torch.Tensor,
+    block_size: int = 64,
+    tokens: int = 1,
+    schedule: str = "ascending",
+    architecture: int = 80,
+) -> dict[str, Any]:
+    """What the emulator counts in the kernel's launch for this weight; sizes as above."""
+    sys.path.insert(0, str(TESTS))
+    from emulated_gpu import EmulatedGPU
+
+    device = EmulatedGPU(schedule, architecture)
+    if kernel in ("quantize_nf4", "double_quantize"):
+        gpu.quantize(weight, block_size, True, device)
+        return device.results[kernel == "double_quantize"].counters
+    packed = cpu.Packed(*qlora_rs.quantize(weight, block_size).arguments())
+    if kernel == "dequantize_nf4":
+        gpu.dequantize(packed, weight.dtype, device)
+    else:
+        gpu.linear(torch.randn(tokens, weight.shape[1]).to(weight.dtype), packed, None, device)
+    return device.results[0].counters
 
 
 def parameters(kernel: str) -> list[str]:
@@ -117,33 +150,24 @@ def report(kernel: str, counters: dict[str, Any], needed: dict[str, int], weight
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="counts of one launch, by executing its PTX")
-    parser.add_argument("kernel", choices=("quantize_nf4", "double_quantize", "dequantize_nf4"))
+    parser.add_argument("kernel", choices=KERNELS)
     parser.add_argument("--dtype", choices=DTYPES, default="bfloat16")
     parser.add_argument("--rows", type=int, default=1024)
     parser.add_argument("--columns", type=int, default=1024)
     parser.add_argument("--block-size", type=int, default=64)
+    parser.add_argument("--tokens", type=int, default=1, help="rows of x, for few_rows_nf4")
     parser.add_argument("--schedule", default="ascending", help="descending, ahead, random:SEED")
     parser.add_argument("--architecture", type=int, default=80)
     options = parser.parse_args()
-    sys.path.insert(0, str(TESTS))
-    from emulated_gpu import EmulatedGPU
-
-    dtype = DTYPES[options.dtype]
-    weight = torch.randn(options.rows, options.columns).to(dtype)
-    device = EmulatedGPU(options.schedule, options.architecture)
-    if options.kernel == "dequantize_nf4":
-        packed = qlora_rs.quantize(weight, options.block_size)
-        gpu.dequantize(cpu.Packed(*packed.arguments()), dtype, device)
-    else:
-        gpu.quantize(weight, options.block_size, True, device)
-    result = device.results[options.kernel == "double_quantize"]
-    needed = needed_bytes(options.kernel, weight.numel(), dtype, options.block_size)
+    weight = torch.randn(options.rows, options.columns).to(DTYPES[options.dtype])
+    sizes = (weight, options.block_size, options.tokens)
+    counters = emulate(options.kernel, *sizes, options.schedule, options.architecture)
     print(
         f"{options.kernel}, {options.dtype}, {options.rows} x {options.columns}, blocks of "
         f"{options.block_size}, sm_{options.architecture}, NVRTC "
         f"{'.'.join(map(str, nvrtc.version()))}, {options.schedule}"
     )
-    print(report(options.kernel, result.counters, needed, weight.numel()))
+    print(report(options.kernel, counters, needed_bytes(options.kernel, *sizes), weight.numel()))
 
 
 if __name__ == "__main__":

@@ -21,12 +21,11 @@ import sys
 import torch
 
 import qlora_rs
-from benches.cuda_profile import DTYPES, TESTS, needed_bytes
+from benches.cuda_profile import DTYPES, KERNELS, emulate, needed_bytes
 from benches.gpu_measure import gpu_machine, gpu_slug
 from benches.measure import Table
-from qlora_rs import cpu, gpu, kernels
+from qlora_rs import NF4Linear, kernels
 
-KERNELS = ("quantize_nf4", "double_quantize", "dequantize_nf4")
 SECTORS = tuple(f"l1tex__t_sectors_pipe_lsu_mem_global_op_{op}.sum" for op in ("ld", "st"))
 WAVEFRONTS = "l1tex__data_pipe_lsu_wavefronts_mem_shared.sum"
 INSTRUCTIONS = "smsp__inst_executed.sum"
@@ -43,6 +42,7 @@ def run(size: int, dtype: torch.dtype) -> None:
     """What ncu watches."""
     packed = qlora_rs.quantize(torch.randn(size, size, device="cuda").to(dtype))
     packed.dequantize(dtype)
+    NF4Linear(packed)(torch.randn(1, size, device="cuda").to(dtype))
     torch.cuda.synchronize()
 
 
@@ -66,20 +66,6 @@ def measured(size: int, dtype: str) -> dict[str, dict[str, float]]:
     return found
 
 
-def emulated(size: int, dtype: torch.dtype) -> dict[str, dict]:
-    """The emulator's counts of the same launches."""
-    sys.path.insert(0, str(TESTS))
-    from emulated_gpu import EmulatedGPU
-
-    architecture, _ = kernels.target(torch.cuda.get_device_capability(), (80, 90, 100, 120))
-    device = EmulatedGPU("ascending", architecture)
-    weight = torch.randn(size, size).to(dtype)
-    gpu.quantize(weight, 64, True, device)
-    packed = cpu.Packed(*qlora_rs.quantize(weight).arguments())
-    gpu.dequantize(packed, dtype, device)
-    return dict(zip(KERNELS, (result.counters for result in device.results), strict=True))
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description="hardware counters beside the emulator's")
     parser.add_argument("--record", action="store_true", help="write benches/record/")
@@ -93,7 +79,9 @@ def main() -> None:
         return
     if not shutil.which("ncu"):
         parser.error("ncu is not on the PATH; it comes with NVIDIA's Nsight Compute")
-    counts, hardware = emulated(options.size, dtype), measured(options.size, options.dtype)
+    hardware = measured(options.size, options.dtype)
+    architecture, _ = kernels.target(torch.cuda.get_device_capability(), (80, 90, 100, 120))
+    weight = torch.randn(options.size, options.size).to(dtype)
     table = Table(
         "gpu-counters",
         (
@@ -105,8 +93,8 @@ def main() -> None:
         folder=gpu_slug(),
     )  # fmt: skip
     for kernel in KERNELS:
-        real, count = hardware[kernel], counts[kernel]
-        needed = sum(needed_bytes(kernel, options.size**2, dtype, 64).values())
+        real, count = hardware[kernel], emulate(kernel, weight, architecture=architecture)
+        needed = sum(needed_bytes(kernel, weight).values())
         table.row(
             kernel, f"{sum(real[name] for name in SECTORS):.0f}", str(count["global_sectors"]),
             f"{real[WAVEFRONTS]:.0f}", str(count["shared_wavefronts"]),
@@ -117,8 +105,9 @@ def main() -> None:
         )  # fmt: skip
     table.say("")
     table.say(
-        f"{options.size} x {options.size} of {options.dtype}, caches cleared before each launch; "
-        "sectors of 32 bytes between L1 and L2; what stays in L2 at the end is not in DRAM MB"
+        f"{options.size} x {options.size} of {options.dtype}, caches cleared before each launch, "
+        "few_rows_nf4 with one row of x; sectors of 32 bytes between L1 and L2; "
+        "what stays in L2 at the end is not in DRAM MB"
     )
     if options.record:
         table.record()

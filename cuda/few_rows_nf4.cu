@@ -2,10 +2,12 @@
 //
 //   a warp     = OUTPUTS rows of W, from end to end, for ROWS rows of x
 //   one lane   = 4 bytes of codes per step, beside its neighbours' bytes: the sum of level times x over
-//                these 8 weights, in float32, times their block's absmax, decoded where it is needed
+//                these 8 weights, in float32, times their block's absmax, decoded where it is needed;
+//                UNROLL steps are loaded together, the rest of a row step by step
 //   the end    : lane r adds the adapter's share of rank r, r + 32, ...; lanes are summed in one order;
 //                bias is added and y rounded, once
-//   bound      : bytes, 0.516 per weight, for one row of x; for 8 the multiply-adds
+//   bound      : instructions, about 6 per weight for one row of x (bytes, 0.516 per weight, allow twice
+//                the speed); for 8 rows the multiply-adds
 //
 // The 16 levels lie in 16 banks of shared memory, so any of them can be read at once; lanes of one block
 // of W read the same entry of the map. A warp's last step may reach beyond W's columns: those lanes
@@ -38,42 +40,124 @@ __device__ __forceinline__ void load(const Float* __restrict__ x, float* values)
     }
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS, 1) few_rows_nf4(
+// The 8 weights of 4 bytes of codes. `levels` is their address in shared memory, a multiple of 256: the
+// last byte of a level's address is four times its code, and a byte permutation makes the whole.
+__device__ __forceinline__ void decode(unsigned word, unsigned levels, float* weights) {
+    const unsigned offsets[2] = {word >> 2 & 0x3c3c3c3cu, word << 2 & 0x3c3c3c3cu};
+#pragma unroll
+    for (int j = 0; j < LANE; ++j) {
+        const unsigned address = __byte_perm(offsets[j % 2], levels, 0x7650 + j / 2);
+        asm volatile("ld.shared.f32 %0, [%1];" : "=f"(weights[j]) : "r"(address));
+    }
+}
+
+// A row of W: where its parts begin. Offsets within it fit in 32 bits, which halves what they cost.
+struct Row {
+    const unsigned char* codes;
+    const Absmax* absmax;
+    const float* nested;     // of the group of 256 blocks that holds the row's first
+    unsigned blocks_before;  // the blocks of that group before the row
+};
+
+// What a stored absmax decodes with.
+struct Nested {
+    const float* map;
+    float offset;
+};
+
+// The products of N steps from the lane's first `column` on: all loads of W, then the sums.
+template <int N>
+__device__ __forceinline__ void add(
+    const Row (&weights)[OUTPUTS], const Float* __restrict__ x, const unsigned (&starts)[ROWS],
+    unsigned column, unsigned levels, const Nested& nested, float (&sums)[ROWS][OUTPUTS]
+) {
+    unsigned words[N][OUTPUTS];
+    float scales[N][OUTPUTS];
+#pragma unroll
+    for (int i = 0; i < OUTPUTS; ++i) {
+        const Row& row = weights[i];
+        const unsigned char* codes = row.codes + column / 2;
+        const Absmax* absmax = row.absmax + column / BLOCK_SIZE;
+#pragma unroll
+        for (int n = 0; n < N; ++n) {
+            words[n][i] = *reinterpret_cast<const unsigned*>(codes + n * (STEP / 2));
+            const unsigned block = (column % BLOCK_SIZE + n * STEP) / BLOCK_SIZE;  // from `absmax` on
+#if DOUBLE_QUANT
+            // Two roundings, as on the CPU.
+            const unsigned group = (row.blocks_before + column / BLOCK_SIZE + block) / NESTED_BLOCK;
+            scales[n][i] = __fadd_rn(__fmul_rn(nested.map[absmax[block]], row.nested[group]), nested.offset);
+#else
+            scales[n][i] = absmax[block];
+#endif
+        }
+    }
+#pragma unroll
+    for (int n = 0; n < N; ++n) {
+        float decoded[OUTPUTS][LANE];
+#pragma unroll
+        for (int i = 0; i < OUTPUTS; ++i) decode(words[n][i], levels, decoded[i]);
+#pragma unroll
+        for (int m = 0; m < ROWS; ++m) {
+            float values[LANE];
+            load(x + column + starts[m] + n * STEP, values);
+#pragma unroll
+            for (int i = 0; i < OUTPUTS; ++i) {
+                float sum = __fmul_rn(decoded[i][0], values[0]);
+#pragma unroll
+                for (int j = 1; j < LANE; ++j) sum = __fmaf_rn(decoded[i][j], values[j], sum);
+                sums[m][i] = __fmaf_rn(sum, scales[n][i], sums[m][i]);
+            }
+        }
+    }
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS, 2) few_rows_nf4(
     const unsigned char* __restrict__ codes,  // [features, columns], two per byte, 4-byte aligned
     const Absmax* __restrict__ absmax,        // one per block
     const float* __restrict__ nested_absmax,  // one per 256 blocks
     const float* __restrict__ nested_offset,  // [1]
     const float* __restrict__ nested_map,     // [256]
     const Float* __restrict__ x,              // [rows, columns], 16-byte aligned
-    long long rows,                           // 1 to ROWS
-    long long features,
-    long long columns,                        // a multiple of BLOCK_SIZE
+    long long rows,                           // 1 to ROWS, which is 8 at most
+    long long features,                       // below 2^31
+    long long columns,                        // a multiple of BLOCK_SIZE, below 2^28
     const Float* __restrict__ bias,           // [features], or null
     const Float* __restrict__ hidden,         // [rows, rank], scaling included
     const Float* __restrict__ lora_b,         // [features, rank]
     long long rank,                           // 0 without an adapter
     Float* __restrict__ y                     // [rows, features]
 ) {
-    __shared__ float levels[16];
-    if (threadIdx.x < 16) levels[threadIdx.x] = __uint_as_float(LEVELS[threadIdx.x]);
+    __shared__ __align__(256) float table[16];
+    if (threadIdx.x < 16) table[threadIdx.x] = __uint_as_float(LEVELS[threadIdx.x]);
 #if DOUBLE_QUANT
     __shared__ float map[256];
     map[threadIdx.x] = nested_map[threadIdx.x];
-    const float offset = nested_offset[0];
+    const Nested nested = {map, nested_offset[0]};
+#else
+    const Nested nested = {};
 #endif
     __syncthreads();
+    const unsigned levels = static_cast<unsigned>(__cvta_generic_to_shared(table));
 
-    const int lane = threadIdx.x % 32;
-    const long long first = (static_cast<long long>(blockIdx.x) * WARPS + threadIdx.x / 32) * OUTPUTS;
+    const unsigned lane = threadIdx.x % 32;
+    const unsigned first = (blockIdx.x * WARPS + threadIdx.x / 32) * OUTPUTS;
     if (first >= features) return;  // whole warps, after the only barrier
+    const unsigned last_feature = static_cast<unsigned>(features) - 1;
+    const unsigned last_row = static_cast<unsigned>(rows) - 1;
 
     // Rows past the end are the last one once more, and are not written.
-    long long starts[OUTPUTS];
+    const unsigned width = static_cast<unsigned>(columns), begin = lane * LANE;
+    Row weights[OUTPUTS];
 #pragma unroll
-    for (int i = 0; i < OUTPUTS; ++i) starts[i] = min(first + i, features - 1) * columns;
-    const Float* inputs[ROWS];
+    for (int i = 0; i < OUTPUTS; ++i) {
+        const unsigned long long start = static_cast<unsigned long long>(min(first + i, last_feature)) * width;
+        const unsigned long long block = start / BLOCK_SIZE;
+        const unsigned before = static_cast<unsigned>(block % NESTED_BLOCK);
+        weights[i] = {codes + start / 2, absmax + block, nested_absmax + block / NESTED_BLOCK, before};
+    }
+    unsigned starts[ROWS];
 #pragma unroll
-    for (int m = 0; m < ROWS; ++m) inputs[m] = x + min(static_cast<long long>(m), rows - 1) * columns;
+    for (unsigned m = 0; m < ROWS; ++m) starts[m] = min(m, last_row) * width;
 
     float sums[ROWS][OUTPUTS];
 #pragma unroll
@@ -81,59 +165,23 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) few_rows_nf4(
 #pragma unroll
         for (int i = 0; i < OUTPUTS; ++i) sums[m][i] = 0.0f;
 
+    unsigned done = 0;  // columns behind the whole warp
 #pragma unroll 1
-    for (long long step = lane * LANE; step < columns; step += UNROLL * STEP) {
-        unsigned words[UNROLL][OUTPUTS];
-        float scales[UNROLL][OUTPUTS];
-#pragma unroll
-        for (int u = 0; u < UNROLL; ++u)
-#pragma unroll
-            for (int i = 0; i < OUTPUTS; ++i) {
-                const unsigned long long weight = starts[i] + min(step + u * STEP, columns - LANE);
-                words[u][i] = *reinterpret_cast<const unsigned*>(codes + weight / 2);
-                const unsigned long long block = weight / BLOCK_SIZE;
-#if DOUBLE_QUANT
-                // Two roundings, as on the CPU.
-                const float nested = nested_absmax[block / NESTED_BLOCK];
-                scales[u][i] = __fadd_rn(__fmul_rn(map[absmax[block]], nested), offset);
-#else
-                scales[u][i] = absmax[block];
-#endif
-            }
-#pragma unroll
-        for (int u = 0; u < UNROLL; ++u) {
-            const long long column = step + u * STEP;
-            if (column >= columns) break;
-            float weights[OUTPUTS][LANE];
-#pragma unroll
-            for (int i = 0; i < OUTPUTS; ++i)
-#pragma unroll
-                for (int j = 0; j < LANE; ++j) {
-                    const unsigned code = words[u][i] >> (j / 2 * 8 + (j % 2 ? 0 : 4)) & 15u;
-                    weights[i][j] = levels[code];
-                }
-#pragma unroll
-            for (int m = 0; m < ROWS; ++m) {
-                float values[LANE];
-                load(inputs[m] + column, values);
-#pragma unroll
-                for (int i = 0; i < OUTPUTS; ++i) {
-                    float sum = __fmul_rn(weights[i][0], values[0]);
-#pragma unroll
-                    for (int j = 1; j < LANE; ++j) sum = __fmaf_rn(weights[i][j], values[j], sum);
-                    sums[m][i] = __fmaf_rn(sum, scales[u][i], sums[m][i]);
-                }
-            }
-        }
+    for (; done + UNROLL * STEP <= width; done += UNROLL * STEP) {
+        add<UNROLL>(weights, x, starts, begin + done, levels, nested, sums);
+    }
+#pragma unroll 1
+    for (; begin + done < width; done += STEP) {
+        add<1>(weights, x, starts, begin + done, levels, nested, sums);
     }
 
     for (long long r = lane; r < rank; r += 32) {
 #pragma unroll
         for (int i = 0; i < OUTPUTS; ++i) {
-            const float factor = widen(lora_b[min(first + i, features - 1) * rank + r]);
+            const float factor = widen(lora_b[min(first + i, last_feature) * rank + r]);
 #pragma unroll
-            for (int m = 0; m < ROWS; ++m) {
-                const float share = widen(hidden[min(static_cast<long long>(m), rows - 1) * rank + r]);
+            for (unsigned m = 0; m < ROWS; ++m) {
+                const float share = widen(hidden[min(m, last_row) * rank + r]);
                 sums[m][i] = __fmaf_rn(share, factor, sums[m][i]);
             }
         }
@@ -151,8 +199,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) few_rows_nf4(
             }
             if (lane == m * OUTPUTS + i) mine = sum;
         }
-    const long long row = lane / OUTPUTS, feature = first + lane % OUTPUTS;
-    if (row < rows && feature < features) {
+    const unsigned row = lane / OUTPUTS, feature = first + lane % OUTPUTS;
+    if (row <= last_row && feature <= last_feature) {
         if (bias) mine = __fadd_rn(mine, widen(bias[feature]));
 #if FLOAT == 32
         y[row * features + feature] = __float_as_uint(mine);

@@ -6,18 +6,20 @@ import re
 import sys
 
 import pytest
+import torch
 
 from benches import cuda_profile
 
 
-@pytest.mark.parametrize("kernel", ["quantize_nf4", "double_quantize", "dequantize_nf4"])
+@pytest.mark.parametrize("kernel", cuda_profile.KERNELS)
 def test_a_profile_names_parameters_and_shows_the_source(
     kernel: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(sys, "argv", ["cuda_profile", kernel, "--rows", "64", "--columns", "256"])
     cuda_profile.main()
     text = capsys.readouterr().out
-    needed = cuda_profile.needed_bytes(kernel, 64 * 256, cuda_profile.DTYPES["bfloat16"], 64)
+    weight = torch.empty(64, 256, dtype=torch.bfloat16)
+    needed = cuda_profile.needed_bytes(kernel, weight)
     assert set(needed) < set(cuda_profile.parameters(kernel))
     rows = [line.split() for line in text.splitlines()]
     for name, count in needed.items():

@@ -188,8 +188,8 @@ def _suits_few_rows(x: Tensor, packed: Packed) -> bool:
     return (
         0 < x.shape[0] <= FEW_ROWS
         and x.dtype != torch.float64
-        and packed.out_features > 0
-        and packed.in_features > 0
+        and 0 < packed.out_features < 1 << 31
+        and 0 < packed.in_features < 1 << 28
         and packed.in_features % packed.block_size == 0
     )
 

@@ -32,7 +32,7 @@ THREADS = 256
 TILES = (1 << 13, 1 << 15)
 LARGE_MATRIX = 1 << 24
 # By rows of x per warp: its rows of W, and the steps that it loads ahead. Chosen on an H100.
-FEW_ROWS_TILES = {1: (1, 8), 2: (1, 8), 4: (2, 8), 8: (2, 4)}
+FEW_ROWS_TILES = {1: (2, 8), 2: (2, 8), 4: (2, 8), 8: (2, 2)}
 # A warp each.
 NESTED_GROUPS_PER_CTA = THREADS // 32
 # The kernels convert with instructions of compute capability 8.0 (A100 and newer).
