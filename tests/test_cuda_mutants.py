@@ -207,7 +207,7 @@ MUTANTS = (
         "m * width",
         "out-of-bounds",
     ),
-    few_rows("rows beyond the last are written", "if (row <= last_row && ", "if (", "out-of-bounds"),
+    few_rows("rows beyond the last are written", "(row <= last_row && ", "(", "out-of-bounds"),
     few_rows(
         "features beyond the last are written",
         "row <= last_row && feature <= last_feature",

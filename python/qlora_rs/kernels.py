@@ -121,7 +121,7 @@ def few_rows_nf4(
     """`cuda/few_rows_nf4.cu` for x [rows, in], 8 rows at most, and W [features, in].
 
     >>> few_rows_nf4(1, 4096, torch.bfloat16, 64, True).grid
-    512
+    256
     """
     at_once = next(size for size in FEW_ROWS_TILES if size >= rows)
     outputs, unroll = FEW_ROWS_TILES[at_once]
