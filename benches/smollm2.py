@@ -2,12 +2,12 @@
 
     python -m benches.smollm2 [--record]
 
-Each side runs in processes of its own (so that peak memory is its own), in turn, the same loop on
-the same tokens: forward, the model's loss, backward, torch's AdamW on the adapter, bf16, r=16 on
-all linear layers, from the same 4-bit folder. Ours calls `fuse_loss`, `fuse_norms` and
-`widen_attention`, as the README advises. Before timing, the first losses of both sides must agree:
-the same base and adapters that start at zero. A third side, `rest`, is ours with layers that take
-no time (`smollm2_sides.py`): the ratio that it reaches is the bound for whoever replaces these
+Each side runs in processes of its own (so that peak memory is its own, libraries included), in
+turn, the same loop on the same tokens: forward, the loss, backward, torch's AdamW on the adapter,
+bf16, r=16 on all linear layers, from the same 4-bit folder. Ours calls `fuse_loss`, `fuse_norms`
+and `widen_attention`, as the README advises. Before timing, the first losses of both sides must
+agree: the same base and adapters that start at zero. A third side, `rest`, is ours with layers that
+take no time (`smollm2_sides.py`): the ratio that it reaches is the bound for whoever replaces these
 layers alone.
 """
 
@@ -22,8 +22,11 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from benches.measure import Table
+# A worker imports what its side needs and nothing else; benches.measure imports every peer.
+if TYPE_CHECKING:
+    from benches.measure import Table
 
 SHAPES = ((2, 256), (1, 64))
 SIDES = ("ours", "bitsandbytes", "rest")
@@ -131,6 +134,8 @@ def main() -> None:
         work = train(side, folder, *steps) if kind == "train" else decode(side, folder)
         print(json.dumps(work))
         return
+    from benches.measure import Table
+
     table = Table(
         "smollm2",
         (

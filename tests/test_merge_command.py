@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -101,6 +102,18 @@ def test_it_loads_without_a_tokenizer_for_those_who_bring_token_ids(
     )
     with pytest.raises(QloraError, match="could not be loaded"):
         load_quantized_folder(bare, "float32")
+
+
+def test_loading_imports_no_library_that_it_does_not_need(
+    merged: Path, run_python: Callable
+) -> None:
+    done = run_python(f"""
+        import sys
+        from qlora_rs.recipes.quantized_folder import load_quantized_folder
+        load_quantized_folder({str(merged)!r})
+        print({{"datasets", "pandas", "peft", "bitsandbytes", "trl"}} & set(sys.modules))
+    """)
+    assert done.stdout.strip() == "set()", done.stdout + done.stderr
 
 
 def test_merging_in_memory_gives_the_same_bytes(place: Path, merged: Path) -> None:

@@ -12,6 +12,7 @@ import io
 import json
 import logging
 import os
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from hashlib import sha256
@@ -228,7 +229,8 @@ def import_transformers() -> Any:
 def quiet_libraries() -> Iterator[None]:
     """Hold back progress bars and information lines of transformers and datasets, then restore.
 
-    Our own progress line would be torn apart by them. Warnings and errors still show.
+    Our own progress line would be torn apart by them. Warnings and errors still show. datasets is
+    not imported for it: that takes 100 MB.
     """
     from transformers.utils import logging as library_logging
 
@@ -252,11 +254,8 @@ def quiet_libraries() -> Iterator[None]:
 
 
 def _hide_dataset_bars() -> Any:
-    try:
-        import datasets
-    except ImportError:
-        return lambda: None
-    if not datasets.is_progress_bar_enabled():
+    datasets = sys.modules.get("datasets")
+    if datasets is None or not datasets.is_progress_bar_enabled():
         return lambda: None
     datasets.disable_progress_bars()
     return datasets.enable_progress_bars
