@@ -17,7 +17,7 @@ mod extension {
     #[pymodule_export]
     use super::functions::{
         cpu_path, cpu_paths, cross_entropy, cuda_source, dequantize, double_quantize, dynamic_map,
-        factor_gradient, levels, multiply, quantize, refuse_non_finite,
+        factor_gradients, levels, multiply, quantize, refuse_non_finite,
     };
     #[pymodule_export]
     use super::merging::{merge_calibrate, merge_curvature, merge_factor_length, merge_moment};

@@ -18,7 +18,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from qlora_rs import QloraError, unwiden_attention, widen_attention
 from qlora_rs.integrations import attention
-from qlora_rs.integrations.attention import _Attend, _Widened
+from qlora_rs.integrations.attention import _Attend
 
 IDS = torch.randint(3, 64, (3, 17), generator=torch.Generator().manual_seed(5))
 
@@ -36,17 +36,24 @@ class Attention(nn.Module):
 _attend = _Attend(sdpa_attention_forward)
 
 
+@pytest.fixture(autouse=True, params=["kept", "computed again"])
+def _wide_operands(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Backward with the wide operands of short texts, and without, as for long ones."""
+    if request.param != "kept":
+        monkeypatch.setattr(attention, "_KEPT_BYTES", 0)
+
+
 @pytest.fixture
 def widened(monkeypatch: pytest.MonkeyPatch) -> list[tuple]:
     """The operands of each attention that was widened."""
     seen: list[tuple] = []
-    apply = _Widened.apply
+    compute = attention._widened
 
     def count(*operands: Tensor) -> Tensor:
         seen.append(operands)
-        return apply(*operands)
+        return compute(*operands)
 
-    monkeypatch.setattr(_Widened, "apply", count)
+    monkeypatch.setattr(attention, "_widened", count)
     return seen
 
 
@@ -176,9 +183,9 @@ def test_copies_are_widened_and_files_know_nothing(
         model = pickle.loads(Path({str(tmp_path / "pickled")!r}).read_bytes())
         ids = torch.arange(12)[None]
         model(input_ids=ids, labels=ids).loss.backward()
-        from qlora_rs.integrations.attention import _Widened
-        calls, apply = [], _Widened.apply
-        _Widened.apply = lambda *operands: calls.append(1) or apply(*operands)
+        from qlora_rs.integrations import attention
+        calls, compute = [], attention._widened
+        attention._widened = lambda *operands: calls.append(1) or compute(*operands)
         widen_attention(model)(input_ids=ids, labels=ids).loss.backward()
         assert len(calls) == 2, calls
     """
@@ -237,7 +244,10 @@ def test_packed_texts_and_windows(widened: list) -> None:
         assert (ours - expected).norm() < 0.1 * expected.norm()
 
 
-def test_nothing_is_kept_but_the_narrow_operands() -> None:
+def test_of_long_texts_nothing_is_kept_but_the_narrow_operands(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(attention, "_KEPT_BYTES", 0)
     query, key, value, _ = (t.requires_grad_() for t in operands(torch.bfloat16))
     kept: list[Tensor] = []
 

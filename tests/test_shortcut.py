@@ -49,6 +49,73 @@ def test_same_bits_as_the_usual_way(dtype, size, options, monkeypatch) -> None:
             assert torch.equal(made(x), expected)
 
 
+def gradients(made: qlora_rs.QLoRALinear, x: Tensor, grad: Tensor) -> list[Tensor | None]:
+    """y, and the gradients of x, A and B."""
+    made.zero_grad()
+    x = x.detach().requires_grad_(x.requires_grad)
+    y = made(x)
+    y.backward(grad)
+    return [y.detach(), x.grad, made.lora_A.grad, made.lora_B.grad]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("size", [(), (3,), (0,), (2, 40)])
+@pytest.mark.parametrize("factors", [torch.float32, torch.bfloat16, torch.float64])
+def test_same_gradients_as_the_usual_way(dtype, size, factors, monkeypatch) -> None:
+    made = layer()
+    made.lora_A.data, made.lora_B.data = made.lora_A.data.to(factors), made.lora_B.data.to(factors)
+    grad = torch.randn(*size, 48).to(dtype)
+    for needs_x in (True, False):
+        x = torch.randn(*size, 128).to(dtype).requires_grad_(needs_x)
+        found = gradients(made, x, grad)
+        with monkeypatch.context() as patch:
+            patch.setattr(shortcut, "product", lambda *_: None)
+            expected = gradients(made, x, grad)
+        for got, want in zip(found, expected, strict=True):
+            assert (got is None) == (want is None)
+            assert got is None or (got.dtype == want.dtype and torch.equal(got, want))
+
+
+def test_gradients_of_any_layout_and_batches_of_them() -> None:
+    made, x = layer(), torch.randn(2, 5, 128, requires_grad=True)
+    inputs = (x, made.lora_A, made.lora_B)
+    grads = torch.randn(3, 2, 5, 48)
+    one_by_one = [torch.autograd.grad(made(x), inputs, grad) for grad in grads]
+    strided = grads[0].transpose(0, 1).contiguous().transpose(0, 1)
+    for got, want in zip(torch.autograd.grad(made(x), inputs, strided), one_by_one[0], strict=True):
+        assert torch.equal(got, want)
+    batched = torch.autograd.grad(made(x), inputs, grads, is_grads_batched=True)
+    for i, expected in enumerate(one_by_one):
+        for got, want in zip(batched, expected, strict=True):
+            assert torch.allclose(got[i], want, rtol=1e-4, atol=1e-4)
+
+
+def test_second_gradients_are_refused_as_everywhere() -> None:
+    made, x = layer(), torch.randn(2, 128, requires_grad=True)
+    (grad,) = torch.autograd.grad(made(x).square().sum(), x, create_graph=True)
+    with pytest.raises(QloraError, match="second gradients of lora_linear"):
+        grad.sum().backward()
+
+
+def test_a_weight_that_changes_before_backward_is_refused() -> None:
+    made, x = layer(), torch.randn(2, 128, requires_grad=True)
+    for part in (made.weight, made.absmax, made.nested_absmax):
+        y = made(x)
+        with torch.no_grad():
+            part.zero_()
+        with pytest.raises(QloraError, match="modified after the forward pass"):
+            y.sum().backward()
+
+
+def test_the_packed_weight_is_not_among_the_saved_tensors() -> None:
+    made, x = layer(), torch.randn(2, 128, requires_grad=True)
+    kept: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        y = made(x)
+    assert [tuple(t.shape) for t in kept] == [(2, 128), (2, 4), (4, 128), (48, 4)]
+    y.sum().backward()
+
+
 def test_a_bias_is_added_where_it_has_the_type_of_x(monkeypatch) -> None:
     made = layer(bias=True)
     x = torch.randn(2, 128)
@@ -68,7 +135,10 @@ def test_no_answer_where_the_usual_way_is_needed() -> None:
     def refused(given: Tensor = x, which: qlora_rs.QLoRALinear = made) -> bool:
         return shortcut.product(which, given, which.scaling) is None
 
-    assert refused()  # gradients are wanted
+    assert refused(x.requires_grad_(), layer(bias=True))  # its gradient might be wanted
+    base = layer().without_adapter()
+    assert shortcut.product(base, x, None) is None
+    x = x.detach()
     with torch.no_grad():
         assert not refused()
         assert refused(x.as_subclass(Marked))

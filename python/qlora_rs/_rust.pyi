@@ -17,7 +17,7 @@ __all__ = [
     "dequantize",
     "double_quantize",
     "dynamic_map",
-    "factor_gradient",
+    "factor_gradients",
     "levels",
     "merge_calibrate",
     "merge_curvature",
@@ -95,14 +95,16 @@ def multiply(
     out: _Capsule,
     threads: int,
 ) -> None: ...
-def factor_gradient(
-    left: _Capsule,
-    right: _Capsule,
+def factor_gradients(
+    x: _Capsule,
+    grad_hidden: _Capsule,
+    grad: _Capsule,
+    hidden: _Capsule,
     tokens: int,
     rank: int,
-    width: int,
-    transposed: bool,
-    out: _Capsule,
+    shape: tuple[int, int],
+    grad_a: _Capsule,
+    grad_b: _Capsule,
     threads: int,
 ) -> None: ...
 def cross_entropy(

@@ -219,27 +219,31 @@ def lora_linear_backward(
     else:
         grad_x = grad.new_empty(0)
         grad_hidden = (grad @ lora_b.to(grad.dtype)).mul_(scaling)
-    grad_a = _factor_gradient(grad_hidden, x, lora_a, transposed=False)
-    grad_b = _factor_gradient(hidden, grad, lora_b, transposed=True)
-    return grad_x, grad_a, grad_b
+    return grad_x, *_factor_gradients(grad, x, hidden, grad_hidden, lora_a, lora_b)
 
 
-def _factor_gradient(left: Tensor, right: Tensor, factor: Tensor, transposed: bool) -> Tensor:
-    """leftᵀ right [r, width] (or its transpose), in the factor's dtype; summed in float32."""
-    if torch.float64 in (right.dtype, factor.dtype):
-        product = left.t() @ right
-        return (product.t() if transposed else product).to(factor.dtype).contiguous()
-    out = torch.empty(factor.shape, dtype=factor.dtype)
-    sizes = (right.shape[0], left.shape[1], right.shape[1])
-    _rust.factor_gradient(
-        to_dlpack(left),
-        to_dlpack(right),
-        *sizes,
-        transposed,
-        to_dlpack(out),
+def _factor_gradients(
+    grad: Tensor, x: Tensor, hidden: Tensor, grad_hidden: Tensor, lora_a: Tensor, lora_b: Tensor
+) -> tuple[Tensor, Tensor]:
+    """dA = grad_hiddenᵀ x and dB = dYᵀ hidden in the factors' dtypes; summed in float32."""
+    if torch.float64 in (grad.dtype, lora_a.dtype, lora_b.dtype):
+        grad_a, grad_b = grad_hidden.t() @ x, grad.t() @ hidden
+        return grad_a.to(lora_a.dtype).contiguous(), grad_b.to(lora_b.dtype).contiguous()
+    grad_a = torch.empty(lora_a.shape, dtype=lora_a.dtype)
+    grad_b = torch.empty(lora_b.shape, dtype=lora_b.dtype)
+    _rust.factor_gradients(
+        to_dlpack(x),
+        to_dlpack(grad_hidden),
+        to_dlpack(grad),
+        to_dlpack(hidden),
+        x.shape[0],
+        lora_a.shape[0],
+        (lora_b.shape[0], lora_a.shape[1]),
+        to_dlpack(grad_a),
+        to_dlpack(grad_b),
         torch.get_num_threads(),
     )
-    return out
+    return grad_a, grad_b
 
 
 def multiply_dense(

@@ -1,7 +1,7 @@
-"""The shortest way through a layer, for models that answer token by token on a CPU.
+"""The shortest way through a layer on a CPU, for small models: token by token, and in training.
 
-A small model calls hundreds of layers per token, and a layer's product of one row takes no longer
-than Python needs for what every layer asks before it computes (who looks on, what is to be
+A small model calls hundreds of layers per token or step, and a layer's product of few rows takes no
+longer than Python needs for what every layer asks before it computes (who looks on, what is to be
 differentiated, what fits) and for handing its tensors down. Here one function asks the same in the
 fewest steps. Where an answer is not the usual one, it computes nothing and leaves the call to the
 usual way, which knows what to do or whom to refuse.
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils.dlpack import to_dlpack
 
-from qlora_rs import _rust, ops
+from qlora_rs import _rust, autograd, ops
 from qlora_rs.errors import QloraError
 
 if TYPE_CHECKING:
@@ -46,8 +46,7 @@ def product(layer: NF4Linear, x: Tensor, scaling: float | None) -> Tensor | None
     scaling: of the layer's adapter `lora_A`, `lora_B`; None leaves an adapter out.
     """
     if (
-        _grad_enabled()
-        or not ops.runs_directly(x)
+        not ops.runs_directly(x)
         or not x.is_cpu
         or not x.is_contiguous()
         or _autocast_enabled("cpu")
@@ -64,8 +63,10 @@ def product(layer: NF4Linear, x: Tensor, scaling: float | None) -> Tensor | None
     held: Any = layer._parameters
     size, adapter = (layer.out_features, columns), None
     try:
-        packed: Any = tuple(
-            [None if (t := held[name]) is None else to_dlpack(t) for name in PACKED]
+        packed = tuple([held[name] for name in PACKED])
+        bias = held["bias"]
+        trains = _grad_enabled() and (
+            x.requires_grad or (bias is not None and bias.requires_grad) or scaling is not None
         )
         if scaling is not None:
             lora_a, lora_b = held["lora_A"], held["lora_B"]
@@ -78,16 +79,17 @@ def product(layer: NF4Linear, x: Tensor, scaling: float | None) -> Tensor | None
                 or lora_b.is_neg()
             ):
                 return None
+            if trains and bias is None:
+                return _Step.apply(x, lora_a, lora_b, packed, size, layer.block_size, scaling)
             adapter = (to_dlpack(lora_a), to_dlpack(lora_b), rank, scaling, None)
-        bias = held["bias"]
-        if bias is not None and (bias.shape != (size[0],) or bias.is_neg()):
+        if trains or (bias is not None and (bias.shape != (size[0],) or bias.is_neg())):
             return None
         y = _empty((*shape[:-1], size[0]), dtype=dtype)
         _rust.multiply(
             False,
             to_dlpack(x),
             x.numel() // columns,
-            packed,
+            _capsules(packed),
             size,
             layer.block_size,
             adapter,
@@ -99,3 +101,88 @@ def product(layer: NF4Linear, x: Tensor, scaling: float | None) -> Tensor | None
     except _NOT_THIS_WAY:
         return None
     return y
+
+
+def _capsules(packed: tuple) -> tuple:
+    return tuple([None if tensor is None else to_dlpack(tensor) for tensor in packed])
+
+
+def _versions(packed: tuple) -> list[int]:
+    """How often each part was written to."""
+    return [tensor._version for tensor in packed if tensor is not None]
+
+
+class _Step(torch.autograd.Function):
+    """y = x Wᵀ + scaling (x Aᵀ) Bᵀ and its gradients (`autograd.py`), for operands that fit.
+
+    The packed weight is frozen and the layer's own: it is not among the saved tensors, which cost
+    time each and may be moved by those who save memory. That nobody has changed it is checked.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        lora_a: Tensor,
+        lora_b: Tensor,
+        packed: tuple,
+        size: tuple[int, int],
+        block_size: int,
+        scaling: float,
+    ) -> Tensor:
+        ctx.versions = _versions(packed)
+        dtype, rank = x.dtype, lora_a.size(0)
+        rows = x.numel() // size[1]
+        y = _empty((*x.shape[:-1], size[0]), dtype=dtype)
+        hidden = _empty((rows, rank), dtype=dtype)
+        _rust.multiply(
+            False,
+            to_dlpack(x),
+            rows,
+            _capsules(packed),
+            size,
+            block_size,
+            (to_dlpack(lora_a), to_dlpack(lora_b), rank, scaling, to_dlpack(hidden)),
+            None,
+            to_dlpack(y),
+            _threads(),
+        )
+        ctx.save_for_backward(x, hidden, lora_a, lora_b)
+        ctx.weight = (packed, size, block_size, scaling)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple:
+        x, hidden, lora_a, lora_b = ctx.saved_tensors
+        packed, size, block_size, scaling = ctx.weight
+        if _versions(packed) != ctx.versions:
+            raise QloraError(
+                "the packed weight was modified after the forward pass, so no gradient can be "
+                "computed; call backward() first"
+            )
+        needs_x = ctx.needs_input_grad[0]
+        if (
+            not needs_x
+            or _grad_enabled()
+            or grad.dtype != x.dtype
+            or not grad.is_contiguous()
+            or not x.is_cpu
+            or not ops.runs_directly(grad)
+        ):
+            arguments = (*packed, *size, block_size, lora_a, lora_b, scaling, needs_x)
+            kernel = autograd._kernel("lora_linear_backward", grad)
+            grad_x, grad_a, grad_b = kernel(grad, x, hidden, *arguments)
+            return grad_x if needs_x else None, grad_a, grad_b, None, None, None, None
+        (rows, rank), threads = hidden.shape, _threads()
+        grad_x, grad_hidden = _empty(x.shape, dtype=x.dtype), _empty((rows, rank), dtype=x.dtype)
+        grad_a = _empty(lora_a.shape, dtype=lora_a.dtype)
+        grad_b = _empty(lora_b.shape, dtype=lora_b.dtype)
+        of_y, of_hidden = to_dlpack(grad), to_dlpack(grad_hidden)
+        adapter = (to_dlpack(lora_a), to_dlpack(lora_b), rank, scaling, of_hidden)
+        capsules, of_x = _capsules(packed), to_dlpack(grad_x)
+        _rust.multiply(True, of_y, rows, capsules, size, block_size, adapter, None, of_x, threads)
+        of_a, of_b = to_dlpack(grad_a), to_dlpack(grad_b)
+        _rust.factor_gradients(
+            to_dlpack(x), of_hidden, of_y, to_dlpack(hidden), rows, rank, size, of_a, of_b, threads
+        )
+        return grad_x, grad_a, grad_b, None, None, None, None

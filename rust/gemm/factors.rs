@@ -36,43 +36,60 @@ pub struct FactorGradient<'a, T> {
     pub transposed: bool,
 }
 
+/// Write the gradients of A and B, summed in f32, to `out_a` [rank, in] and `out_b` [out, rank], in one
+/// parallel region: entering a team of threads costs as much as a small layer's gradient.
+///
+/// # Errors
+/// [`Error::Operand`] when an operand has another length than the shapes ask for.
+pub fn write<T: Element, A: Element, B: Element>(
+    (a, out_a): (&FactorGradient<'_, T>, &mut [A]),
+    (b, out_b): (&FactorGradient<'_, T>, &mut [B]),
+    kernels: &Kernels,
+    threads: usize,
+) -> Result<(), Error> {
+    let threads = threads.max(1);
+    let (out_a, out_b) = (a.outputs(out_a)?, b.outputs(out_b)?);
+    let blocks_of_a = a.blocks(threads).map(|block| (true, block));
+    let blocks = blocks_of_a.chain(b.blocks(threads).map(|block| (false, block))).collect::<Vec<_>>();
+    parallel::for_each(blocks, threads, |(of_a, columns)| {
+        if of_a {
+            a.write_columns(kernels, &out_a, columns);
+        } else {
+            b.write_columns(kernels, &out_b, columns);
+        }
+    });
+    Ok(())
+}
+
 impl<T: Element> FactorGradient<'_, T> {
-    /// Write the gradient, summed in f32, to `out`, which holds [rank, width] or [width, rank].
-    ///
-    /// # Errors
-    /// [`Error::Operand`] when an operand has another length than the shapes ask for.
-    pub fn write<P: Element>(&self, kernels: &Kernels, out: &mut [P], threads: usize) -> Result<(), Error> {
+    /// Check the operands; the result as something that blocks of columns write to. Transposed, a
+    /// block's part of it is some whole rows: the columns of one long row.
+    fn outputs<'o, P>(&self, out: &'o mut [P]) -> Result<Columns<'o, P>, Error> {
         check_length("hidden", self.left.len(), self.tokens * self.rank)?;
         check_length("x", self.right.len(), self.tokens * self.width)?;
         check_length("gradient", out.len(), self.rank * self.width)?;
-        if kernels.bf16.is_some() && T::as_bf16(self.right).is_some() {
-            self.write_in::<P, bf16>(kernels, out, threads.max(1));
-        } else {
-            self.write_in::<P, f32>(kernels, out, threads.max(1));
-        }
-        Ok(())
+        Ok(Columns::new(out, if self.transposed { self.width * self.rank } else { self.width }))
     }
 
-    fn write_in<P: Element, C: Packable>(&self, kernels: &Kernels, out: &mut [P], threads: usize) {
-        let (rank, width) = (self.rank, self.width);
-        let step = block_width(width, threads);
-        let blocks = (0..width).step_by(step).map(|start| start..width.min(start + step)).collect::<Vec<_>>();
-        if self.transposed {
-            // A block of columns of the right operand is some whole rows of the result.
-            let parts = out.chunks_mut((step * rank).max(1)).zip(blocks).collect::<Vec<_>>();
-            parallel::for_each(parts, threads, |(out, columns)| {
-                self.write_block::<P, C>(kernels, columns, |row, first, values| {
-                    out[row * rank + first..][..values.len()].copy_from_slice(values);
-                });
-            });
+    /// Blocks of the right operand's columns.
+    fn blocks(&self, threads: usize) -> impl Iterator<Item = Range<usize>> {
+        let (width, step) = (self.width, block_width(self.width, threads));
+        (0..width).step_by(step).map(move |start| start..width.min(start + step))
+    }
+
+    /// The gradient for a block of columns of the right operand.
+    fn write_columns<P: Element>(&self, kernels: &Kernels, out: &Columns<'_, P>, columns: Range<usize>) {
+        let rank = self.rank;
+        let range = if self.transposed { columns.start * rank..columns.end * rank } else { columns.clone() };
+        let mut out = out.take(range);
+        let put = |row: usize, first: usize, values: &[P]| {
+            let (row, first) = if self.transposed { (0, row * rank + first) } else { (row, first) };
+            out.row_mut(row, first, values.len()).copy_from_slice(values);
+        };
+        if kernels.bf16.is_some() && T::as_bf16(self.right).is_some() {
+            self.write_block::<P, bf16>(kernels, columns, put);
         } else {
-            let out = Columns::new(out, width);
-            parallel::for_each(blocks, threads, |columns| {
-                let mut out = out.take(columns.clone());
-                self.write_block::<P, C>(kernels, columns, |row, first, values| {
-                    out.row_mut(row, first, values.len()).copy_from_slice(values);
-                });
-            });
+            self.write_block::<P, f32>(kernels, columns, put);
         }
     }
 

@@ -6,7 +6,7 @@ use crate::codebook::{DYNAMIC_MAP, LEVELS};
 use crate::cuda::SOURCES;
 use crate::element::Element;
 use crate::error::Error;
-use crate::gemm::factors::FactorGradient;
+use crate::gemm::factors::{self, FactorGradient};
 use crate::gemm::{Direction, LowRank, Product};
 use crate::matmul;
 use crate::packed_matrix::{PackedMatrix, Scales};
@@ -269,47 +269,75 @@ pub fn multiply(
     }
 }
 
-/// The gradient of A [rank, width] or, transposed, of B [width, rank], into `out`: the sum over
-/// tokens of the outer products of rows of `left` [tokens, rank] and `right` [tokens, width].
+/// The gradients of A [rank, in] and B [out, rank] into `grad_a` and `grad_b`: sums over tokens of the
+/// outer products of rows of `grad_hidden` and x, and of `grad` and `hidden`.
 #[pyfunction]
-pub fn factor_gradient(
+pub fn factor_gradients(
     py: Python<'_>,
-    left: &Capsule<'_>,
-    right: &Capsule<'_>,
+    x: &Capsule<'_>,
+    grad_hidden: &Capsule<'_>,
+    grad: &Capsule<'_>,
+    hidden: &Capsule<'_>,
     tokens: usize,
     rank: usize,
-    width: usize,
-    transposed: bool,
-    out: &Capsule<'_>,
+    shape: (usize, usize),
+    grad_a: &Capsule<'_>,
+    grad_b: &Capsule<'_>,
     threads: usize,
 ) -> PyResult<()> {
-    let (left, right) = (Argument::new("left", left)?, Argument::new("right", right)?);
-    let out = Argument::new("out", out)?;
-    let sizes = (tokens, rank, width);
-    return for_element!(right, run(py, &left, &right, sizes, transposed, out, threads));
+    let (x, grad_hidden) = (Argument::new("x", x)?, Argument::new("grad_hidden", grad_hidden)?);
+    let (grad, hidden) = (Argument::new("grad", grad)?, Argument::new("hidden", hidden)?);
+    let outputs = [Argument::new("grad_a", grad_a)?, Argument::new("grad_b", grad_b)?];
+    let sizes = (tokens, rank, shape);
+    return for_element!(x, run(py, [&x, &grad_hidden, &grad, &hidden], sizes, outputs, threads));
 
     fn run<T: Element + Scalar>(
         py: Python<'_>,
-        left: &Argument<'_>,
-        right: &Argument<'_>,
-        (tokens, rank, width): (usize, usize, usize),
-        transposed: bool,
-        out: Argument<'_>,
+        [x, grad_hidden, grad, hidden]: [&Argument<'_>; 4],
+        (tokens, rank, (rows, columns)): (usize, usize, (usize, usize)),
+        outputs: [Argument<'_>; 2],
         threads: usize,
     ) -> PyResult<()> {
-        let (left, right) = (left.slice::<T>()?, right.slice::<T>()?);
-        let gradient = FactorGradient { left, right, tokens, rank, width, transposed };
-        for_element!(out, write(py, gradient, out, threads))
+        let of_a = FactorGradient {
+            left: grad_hidden.slice::<T>()?,
+            right: x.slice::<T>()?,
+            tokens,
+            rank,
+            width: columns,
+            transposed: false,
+        };
+        let of_b = FactorGradient {
+            left: hidden.slice::<T>()?,
+            right: grad.slice::<T>()?,
+            tokens,
+            rank,
+            width: rows,
+            transposed: true,
+        };
+        let [grad_a, grad_b] = outputs;
+        for_element!(grad_a, first(py, [of_a, of_b], grad_a, grad_b, threads))
     }
 
-    fn write<P: Element + Scalar>(
+    fn first<A: Element + Scalar>(
         py: Python<'_>,
-        gradient: FactorGradient<'_, impl Element>,
-        mut out: Argument<'_>,
+        gradients: [FactorGradient<'_, impl Element>; 2],
+        mut grad_a: Argument<'_>,
+        grad_b: Argument<'_>,
         threads: usize,
     ) -> PyResult<()> {
-        let (kernels, out) = (simd::kernels()?, out.slice_mut::<P>()?);
-        Ok(py.detach(|| gradient.write(kernels, out, threads))?)
+        let grad_a = grad_a.slice_mut::<A>()?;
+        for_element!(grad_b, second(py, gradients, grad_a, grad_b, threads))
+    }
+
+    fn second<B: Element + Scalar>(
+        py: Python<'_>,
+        [of_a, of_b]: [FactorGradient<'_, impl Element>; 2],
+        grad_a: &mut [impl Element],
+        mut grad_b: Argument<'_>,
+        threads: usize,
+    ) -> PyResult<()> {
+        let (kernels, grad_b) = (simd::kernels()?, grad_b.slice_mut::<B>()?);
+        Ok(py.detach(|| factors::write((&of_a, grad_a), (&of_b, grad_b), kernels, threads))?)
     }
 }
 

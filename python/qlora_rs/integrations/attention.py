@@ -3,7 +3,8 @@
 On CPUs whose products of bfloat16 are slow, torch's attention takes longer in that type than in
 float32, backward most of all, and it rounds every probability on the way. Here queries, keys and
 values are widened on the way in, and results and gradients rounded once. Kept for backward are the
-narrow ones (and a mask) alone; attention is computed again there, which costs less than memory.
+narrow ones (and a mask) alone; attention is computed again there, which costs less than memory. Of
+short texts the wide ones are kept, with what torch keeps.
 
 transformers looks its attention functions up by name. What is registered as "sdpa" becomes a
 function that asks the layer whether it is widened, and calls what was registered before. The name
@@ -25,6 +26,9 @@ from qlora_rs.errors import QloraError
 _NARROW = (torch.bfloat16, torch.float16)
 # A widened attention layer has this attribute.
 _MARK = "_qlora_rs_widened"
+# Float32 queries, keys and values that may be kept for backward, per layer: those of a hundred
+# tokens or so, whose attention takes no longer than torch needs to begin with it again.
+_KEPT_BYTES = 1 << 20
 
 
 def widen_attention(model: nn.Module) -> nn.Module:
@@ -112,7 +116,7 @@ class _Attend:
             with torch.autocast("cpu", enabled=False):
                 return attend(query.float(), key.float(), value.float(), *masks, **named)[0]
 
-        return _Widened.apply(query, key, value, wide), None
+        return _widened(query, key, value, wide), None
 
 
 def _register() -> bool:
@@ -154,6 +158,15 @@ def _fits(
         and not any(t.requires_grad for t in others)
         and options.get("cache") is None
     )
+
+
+def _widened(
+    query: Tensor, key: Tensor, value: Tensor, attend: Callable[[Tensor, Tensor, Tensor], Tensor]
+) -> Tensor:
+    """What `attend` gives for wide operands, narrow."""
+    if 4 * (query.numel() + key.numel() + value.numel()) <= _KEPT_BYTES:
+        return attend(query, key, value).to(query.dtype)
+    return _Widened.apply(query, key, value, attend)
 
 
 class _Widened(torch.autograd.Function):
