@@ -13,6 +13,7 @@ pub mod double_quantize;
 pub mod element;
 pub mod error;
 pub mod few_rows;
+pub mod gated;
 pub mod gemm;
 pub mod matmul;
 pub mod memory;

@@ -4,6 +4,7 @@ mod arguments;
 mod dense;
 mod exceptions;
 mod functions;
+mod gated;
 mod merging;
 mod norms;
 
@@ -19,6 +20,8 @@ mod extension {
         cpu_path, cpu_paths, cross_entropy, cuda_source, dequantize, double_quantize, dynamic_map,
         factor_gradients, levels, multiply, quantize, refuse_non_finite,
     };
+    #[pymodule_export]
+    use super::gated::{gated, gated_gradients};
     #[pymodule_export]
     use super::merging::{merge_calibrate, merge_curvature, merge_factor_length, merge_moment};
     #[pymodule_export]

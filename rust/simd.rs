@@ -26,6 +26,7 @@ mod avx512_gemm;
 #[cfg(target_arch = "x86_64")]
 mod avx512_linear;
 mod crossover;
+mod gated;
 pub mod merging;
 pub mod portable;
 mod softmax;
@@ -103,6 +104,11 @@ pub struct Kernels {
     /// `value = exp(value - shift) * scale` for each, where no value is above `shift`; returns the
     /// sum of the results. NaN stays NaN.
     pub exponentials: fn(values: &mut [f32], shift: f32, scale: f32) -> f64,
+    /// `gate = silu(gate) * up`; slices of one length.
+    pub gated: fn(gate: &mut [f32], up: &[f32]),
+    /// `gate` and `up` become their gradients, `grad`, that of [`Self::gated`]'s result, that result;
+    /// slices of one length.
+    pub gated_gradients: fn(gate: &mut [f32], up: &mut [f32], grad: &mut [f32]),
     /// Whole blocks of weights → two codes per byte and one absmax per block. A block that holds a
     /// NaN or an infinity gets an absmax that is not finite.
     pub quantize_blocks: fn(weights: &[f32], block_size: usize, codes: &mut [u8], absmax: &mut [f32]),

@@ -18,6 +18,7 @@ from qlora_rs.loss import linear_cross_entropy
 from qlora_rs.merging.model import merge_model, unmerge
 from qlora_rs.merging.report import MergeReport
 from qlora_rs.merging.solve import MergeResult, merge
+from qlora_rs.mlp import fuse_mlps, unfuse_mlps
 from qlora_rs.model import (
     add_lora,
     disable_adapter,
@@ -41,6 +42,7 @@ __all__ = [
     "disable_adapter",
     "enable_adapter",
     "fuse_loss",
+    "fuse_mlps",
     "fuse_norms",
     "linear",
     "linear_cross_entropy",
@@ -54,6 +56,7 @@ __all__ = [
     "save_adapter",
     "trainable_parameters",
     "unfuse_loss",
+    "unfuse_mlps",
     "unfuse_norms",
     "unmerge",
     "unwiden_attention",

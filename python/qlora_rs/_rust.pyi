@@ -18,6 +18,8 @@ __all__ = [
     "double_quantize",
     "dynamic_map",
     "factor_gradients",
+    "gated",
+    "gated_gradients",
     "levels",
     "merge_calibrate",
     "merge_curvature",
@@ -105,6 +107,15 @@ def factor_gradients(
     shape: tuple[int, int],
     grad_a: _Capsule,
     grad_b: _Capsule,
+    threads: int,
+) -> None: ...
+def gated(gate: _Capsule, up: _Capsule, out: _Capsule, threads: int) -> None: ...
+def gated_gradients(
+    gate: _Capsule,
+    up: _Capsule,
+    grad: _Capsule,
+    grad_gate: _Capsule,
+    grad_up: _Capsule,
     threads: int,
 ) -> None: ...
 def cross_entropy(

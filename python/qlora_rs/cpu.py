@@ -219,13 +219,16 @@ def lora_linear_backward(
     else:
         grad_x = grad.new_empty(0)
         grad_hidden = (grad @ lora_b.to(grad.dtype)).mul_(scaling)
-    return grad_x, *_factor_gradients(grad, x, hidden, grad_hidden, lora_a, lora_b)
+    return grad_x, *factor_gradients(grad, x, hidden, grad_hidden, lora_a, lora_b)
 
 
-def _factor_gradients(
+def factor_gradients(
     grad: Tensor, x: Tensor, hidden: Tensor, grad_hidden: Tensor, lora_a: Tensor, lora_b: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """dA = grad_hiddenᵀ x and dB = dYᵀ hidden in the factors' dtypes; summed in float32."""
+    """dA = grad_hiddenᵀ x and dB = dYᵀ hidden in the factors' dtypes; summed in float32.
+
+    hidden and grad_hidden: [rows, r]; x and dY: [rows, ...] (of any shape, without float64).
+    """
     if torch.float64 in (grad.dtype, lora_a.dtype, lora_b.dtype):
         grad_a, grad_b = grad_hidden.t() @ x, grad.t() @ hidden
         return grad_a.to(lora_a.dtype).contiguous(), grad_b.to(lora_b.dtype).contiguous()
@@ -236,7 +239,7 @@ def _factor_gradients(
         to_dlpack(grad_hidden),
         to_dlpack(grad),
         to_dlpack(hidden),
-        x.shape[0],
+        hidden.shape[0],
         lora_a.shape[0],
         (lora_b.shape[0], lora_a.shape[1]),
         to_dlpack(grad_a),

@@ -9,13 +9,13 @@ usual way, which knows what to do or whom to refuse.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.utils.dlpack import to_dlpack
 
-from qlora_rs import _rust, autograd, ops
+from qlora_rs import _rust, autograd, cpu, ops
 from qlora_rs.errors import QloraError
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 PACKED = ("weight", "absmax", "nested_absmax", "nested_offset", "nested_map")
 
 # What a tensor raises that is kept elsewhere, on another device, of another type, or with gaps.
-_NOT_THIS_WAY = (
+NOT_THIS_WAY = (
     AttributeError,
     BufferError,
     IndexError,
@@ -80,7 +80,8 @@ def product(layer: NF4Linear, x: Tensor, scaling: float | None) -> Tensor | None
             ):
                 return None
             if trains and bias is None:
-                return _Step.apply(x, lora_a, lora_b, packed, size, layer.block_size, scaling)
+                weight = Weight.of(packed, size, layer.block_size, scaling)
+                return _Step.apply(x, lora_a, lora_b, weight)
             adapter = (to_dlpack(lora_a), to_dlpack(lora_b), rank, scaling, None)
         if trains or (bias is not None and (bias.shape != (size[0],) or bias.is_neg())):
             return None
@@ -98,7 +99,7 @@ def product(layer: NF4Linear, x: Tensor, scaling: float | None) -> Tensor | None
             _threads(),
         )
     # Raised before anything is computed.
-    except _NOT_THIS_WAY:
+    except NOT_THIS_WAY:
         return None
     return y
 
@@ -107,9 +108,83 @@ def _capsules(packed: tuple) -> tuple:
     return tuple([None if tensor is None else to_dlpack(tensor) for tensor in packed])
 
 
+class Weight(NamedTuple):
+    """A packed weight and what its adapter is scaled by."""
+
+    packed: tuple
+    size: tuple[int, int]
+    block_size: int
+    scaling: float
+    versions: list[int]
+
+    @classmethod
+    def of(cls, packed: tuple, size: tuple[int, int], block_size: int, scaling: float) -> Weight:
+        """Remembers how often each part was written to."""
+        return cls(packed, size, block_size, scaling, _versions(packed))
+
+    def check_unchanged(self) -> None:
+        """Refuse gradients of a weight that is not the one of the forward pass."""
+        if _versions(self.packed) != self.versions:
+            raise QloraError(
+                "the packed weight was modified after the forward pass, so no gradient can be "
+                "computed; call backward() first"
+            )
+
+
 def _versions(packed: tuple) -> list[int]:
-    """How often each part was written to."""
     return [tensor._version for tensor in packed if tensor is not None]
+
+
+def forward(x: Tensor, weight: Weight, lora_a: Tensor, lora_b: Tensor) -> tuple[Tensor, Tensor]:
+    """y = x Wᵀ + hidden Bᵀ and hidden = scaling x Aᵀ."""
+    packed, size, block_size, scaling, _ = weight
+    dtype, rows, rank = x.dtype, x.numel() // size[1], lora_a.size(0)
+    y = _empty((*x.shape[:-1], size[0]), dtype=dtype)
+    hidden = _empty((rows, rank), dtype=dtype)
+    _rust.multiply(
+        False,
+        to_dlpack(x),
+        rows,
+        _capsules(packed),
+        size,
+        block_size,
+        (to_dlpack(lora_a), to_dlpack(lora_b), rank, scaling, to_dlpack(hidden)),
+        None,
+        to_dlpack(y),
+        _threads(),
+    )
+    return y, hidden
+
+
+def backward(
+    grad: Tensor, x: Tensor, hidden: Tensor, weight: Weight, lora_a: Tensor, lora_b: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dX, dA and dB of `forward`."""
+    grad_x, grad_hidden = backward_product(grad, weight, lora_a, lora_b)
+    return grad_x, *cpu.factor_gradients(grad, x, hidden, grad_hidden, lora_a, lora_b)
+
+
+def backward_product(
+    grad: Tensor, weight: Weight, lora_a: Tensor, lora_b: Tensor
+) -> tuple[Tensor, Tensor]:
+    """dX = dY W + grad_hidden A and grad_hidden = scaling dY B."""
+    packed, size, block_size, scaling, _ = weight
+    dtype, rows, rank = grad.dtype, grad.numel() // max(size[0], 1), lora_a.size(0)
+    grad_x = _empty((*grad.shape[:-1], size[1]), dtype=dtype)
+    grad_hidden = _empty((rows, rank), dtype=dtype)
+    _rust.multiply(
+        True,
+        to_dlpack(grad),
+        rows,
+        _capsules(packed),
+        size,
+        block_size,
+        (to_dlpack(lora_a), to_dlpack(lora_b), rank, scaling, to_dlpack(grad_hidden)),
+        None,
+        to_dlpack(grad_x),
+        _threads(),
+    )
+    return grad_x, grad_hidden
 
 
 class _Step(torch.autograd.Function):
@@ -120,69 +195,33 @@ class _Step(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        lora_a: Tensor,
-        lora_b: Tensor,
-        packed: tuple,
-        size: tuple[int, int],
-        block_size: int,
-        scaling: float,
-    ) -> Tensor:
-        ctx.versions = _versions(packed)
-        dtype, rank = x.dtype, lora_a.size(0)
-        rows = x.numel() // size[1]
-        y = _empty((*x.shape[:-1], size[0]), dtype=dtype)
-        hidden = _empty((rows, rank), dtype=dtype)
-        _rust.multiply(
-            False,
-            to_dlpack(x),
-            rows,
-            _capsules(packed),
-            size,
-            block_size,
-            (to_dlpack(lora_a), to_dlpack(lora_b), rank, scaling, to_dlpack(hidden)),
-            None,
-            to_dlpack(y),
-            _threads(),
-        )
+    def forward(ctx: Any, x: Tensor, lora_a: Tensor, lora_b: Tensor, weight: Weight) -> Tensor:
+        y, hidden = forward(x, weight, lora_a, lora_b)
         ctx.save_for_backward(x, hidden, lora_a, lora_b)
-        ctx.weight = (packed, size, block_size, scaling)
+        ctx.weight = weight
         return y
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple:
         x, hidden, lora_a, lora_b = ctx.saved_tensors
-        packed, size, block_size, scaling = ctx.weight
-        if _versions(packed) != ctx.versions:
-            raise QloraError(
-                "the packed weight was modified after the forward pass, so no gradient can be "
-                "computed; call backward() first"
-            )
-        needs_x = ctx.needs_input_grad[0]
-        if (
-            not needs_x
-            or _grad_enabled()
-            or grad.dtype != x.dtype
-            or not grad.is_contiguous()
-            or not x.is_cpu
-            or not ops.runs_directly(grad)
-        ):
-            arguments = (*packed, *size, block_size, lora_a, lora_b, scaling, needs_x)
-            kernel = autograd._kernel("lora_linear_backward", grad)
-            grad_x, grad_a, grad_b = kernel(grad, x, hidden, *arguments)
-            return grad_x if needs_x else None, grad_a, grad_b, None, None, None, None
-        (rows, rank), threads = hidden.shape, _threads()
-        grad_x, grad_hidden = _empty(x.shape, dtype=x.dtype), _empty((rows, rank), dtype=x.dtype)
-        grad_a = _empty(lora_a.shape, dtype=lora_a.dtype)
-        grad_b = _empty(lora_b.shape, dtype=lora_b.dtype)
-        of_y, of_hidden = to_dlpack(grad), to_dlpack(grad_hidden)
-        adapter = (to_dlpack(lora_a), to_dlpack(lora_b), rank, scaling, of_hidden)
-        capsules, of_x = _capsules(packed), to_dlpack(grad_x)
-        _rust.multiply(True, of_y, rows, capsules, size, block_size, adapter, None, of_x, threads)
-        of_a, of_b = to_dlpack(grad_a), to_dlpack(grad_b)
-        _rust.factor_gradients(
-            to_dlpack(x), of_hidden, of_y, to_dlpack(hidden), rows, rank, size, of_a, of_b, threads
-        )
-        return grad_x, grad_a, grad_b, None, None, None, None
+        weight, needs_x = ctx.weight, ctx.needs_input_grad[0]
+        weight.check_unchanged()
+        if needs_x and is_plain(grad, x):
+            return *backward(grad, x, hidden, weight, lora_a, lora_b), None
+        packed, size, block_size, scaling, _ = weight
+        arguments = (*packed, *size, block_size, lora_a, lora_b, scaling, needs_x)
+        kernel = autograd._kernel("lora_linear_backward", grad)
+        grad_x, grad_a, grad_b = kernel(grad, x, hidden, *arguments)
+        return grad_x if needs_x else None, grad_a, grad_b, None
+
+
+def is_plain(grad: Tensor, x: Tensor) -> bool:
+    """Whether `backward` may be called as it is, with nobody looking on, for saved tensors."""
+    return (
+        not _grad_enabled()
+        and grad.dtype == x.dtype
+        and grad.is_contiguous()
+        and x.is_cpu
+        and x.is_contiguous()
+        and ops.runs_directly(grad)
+    )

@@ -4,7 +4,7 @@
 //! only where the CPU has the features: that is the argument of every `unsafe` call below.
 
 use super::{Kernels, PREPARED_MULTIPLE, PanelKernels, Strip};
-use super::{avx2_gemm, crossover, fetch_ahead, portable, softmax};
+use super::{avx2_gemm, crossover, fetch_ahead, gated, portable, softmax};
 use crate::codebook::{BOUNDARIES, LEVELS};
 use crate::quantize::SMALLEST_ABSMAX;
 use half::{bf16, f16};
@@ -24,6 +24,10 @@ static KERNELS: Kernels = Kernels {
     largest: |values| unsafe { largest(values) },
     // SAFETY: as above.
     exponentials: |values, shift, scale| unsafe { exponentials(values, shift, scale) },
+    // SAFETY: as above.
+    gated: |gate, up| unsafe { gated(gate, up) },
+    // SAFETY: as above.
+    gated_gradients: |gate, up, grad| unsafe { gated_gradients(gate, up, grad) },
     // SAFETY: as above.
     quantize_blocks: |w, block_size, codes, absmax| unsafe { quantize_blocks(w, block_size, codes, absmax) },
     // SAFETY: as above.
@@ -112,6 +116,16 @@ fn largest(values: &[f32]) -> f32 {
 #[target_feature(enable = "avx2")]
 fn exponentials(values: &mut [f32], shift: f32, scale: f32) -> f64 {
     softmax::exponentials(values, shift, scale)
+}
+
+#[target_feature(enable = "avx2")]
+fn gated(gate: &mut [f32], up: &[f32]) {
+    gated::gated(gate, up);
+}
+
+#[target_feature(enable = "avx2")]
+fn gated_gradients(gate: &mut [f32], up: &mut [f32], grad: &mut [f32]) {
+    gated::gated_gradients(gate, up, grad);
 }
 
 #[target_feature(enable = "avx2")]

@@ -5,7 +5,7 @@
 
 use super::{Bf16Kernels, FewRowsBf16, Interleave, Kernels, PanelKernels};
 use super::{
-    avx512_absmax, avx512_bf16_linear, avx512_decode, avx512_gemm, avx512_linear, crossover, portable,
+    avx512_absmax, avx512_bf16_linear, avx512_decode, avx512_gemm, avx512_linear, crossover, gated, portable,
     softmax,
 };
 use crate::codebook::{BOUNDARIES, LEVELS};
@@ -27,6 +27,10 @@ static KERNELS: Kernels = Kernels {
     largest: |values| unsafe { largest(values) },
     // SAFETY: as above.
     exponentials: |values, shift, scale| unsafe { exponentials(values, shift, scale) },
+    // SAFETY: as above.
+    gated: |gate, up| unsafe { gated(gate, up) },
+    // SAFETY: as above.
+    gated_gradients: |gate, up, grad| unsafe { gated_gradients(gate, up, grad) },
     // SAFETY: as above.
     quantize_blocks: |w, block_size, codes, absmax| unsafe { quantize_blocks(w, block_size, codes, absmax) },
     // SAFETY: as above.
@@ -180,6 +184,16 @@ fn largest(values: &[f32]) -> f32 {
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq")]
 fn exponentials(values: &mut [f32], shift: f32, scale: f32) -> f64 {
     softmax::exponentials(values, shift, scale)
+}
+
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq")]
+fn gated(gate: &mut [f32], up: &[f32]) {
+    gated::gated(gate, up);
+}
+
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq")]
+fn gated_gradients(gate: &mut [f32], up: &mut [f32], grad: &mut [f32]) {
+    gated::gated_gradients(gate, up, grad);
 }
 
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq")]

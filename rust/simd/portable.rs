@@ -1,6 +1,6 @@
 //! Plain Rust: always compiled, always the oracle of the other paths.
 
-use super::{Kernels, PREPARED_MULTIPLE, PanelKernels, Strip, crossover, softmax};
+use super::{Kernels, PREPARED_MULTIPLE, PanelKernels, Strip, crossover, gated, softmax};
 use crate::codebook::LEVELS;
 use crate::element::Element;
 use crate::gemm::tile::{PANEL, SIDE, Tile};
@@ -20,6 +20,8 @@ pub static KERNELS: Kernels = Kernels {
     narrow_bf16: softmax::narrow_bf16,
     largest: softmax::largest,
     exponentials: softmax::exponentials,
+    gated: gated::gated,
+    gated_gradients: gated::gated_gradients,
     quantize_blocks,
     dequantize_f32: dequantize_blocks,
     dequantize_f16: dequantize_blocks,

@@ -25,7 +25,7 @@ const ROUND: f32 = 12_582_912.0;
 
 /// exp x for x <= 0; NaN for NaN.
 #[inline(always)]
-fn exponential(x: f32) -> f32 {
+pub(super) fn exponential(x: f32) -> f32 {
     let rounded = x * std::f32::consts::LOG2_E + ROUND;
     let n = rounded - ROUND;
     let r = x - n * LN_2[0] - n * LN_2[1];
