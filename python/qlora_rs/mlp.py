@@ -24,7 +24,6 @@ from qlora_rs.layers import QLoRALinear
 
 # The layers' names in transformers: gate, up, down.
 LAYERS = ("gate_proj", "up_proj", "down_proj")
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 def fuse_mlps(model: nn.Module) -> nn.Module:
@@ -124,7 +123,8 @@ def _is_usual(layer: Any, dtype: torch.dtype) -> bool:
         and layer.compute_dtype in (None, dtype)
         and layer.bias is None
         and "forward" not in layer.__dict__
-        and not any(getattr(layer, hooks) for hooks in _HOOKS)
+        and not (layer._forward_hooks or layer._forward_pre_hooks)
+        and not (layer._backward_hooks or layer._backward_pre_hooks)
     )
 
 
