@@ -70,6 +70,11 @@ def emulate(
     if kernel == "dequantize_nf4":
         gpu.dequantize(packed, weight.dtype, device)
     else:
+        if not 0 < tokens <= gpu.FEW_ROWS or weight.shape[1] % block_size:
+            raise SystemExit(
+                f"few_rows_nf4 takes 1 to {gpu.FEW_ROWS} tokens and rows of whole blocks, got "
+                f"{tokens} and {weight.shape[1]} columns in blocks of {block_size}"
+            )
         gpu.linear(torch.randn(tokens, weight.shape[1]).to(weight.dtype), packed, None, device)
     return device.results[0].counters
 

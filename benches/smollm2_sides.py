@@ -2,8 +2,10 @@
 
 ours            qlora_rs
 bitsandbytes    transformers + bitsandbytes + peft
-rest            ours with adapted layers that take no time: what is left is the bound of any
-                library that replaces these layers and nothing else
+rest            ours with adapted layers that take no time, called one by one: what is left is the
+                bound of any library that replaces these layers and nothing else
+
+Each imports its own libraries, where it is built.
 """
 
 from __future__ import annotations
@@ -14,16 +16,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-import qlora_rs
-from qlora_rs.model import lora_layers, replace_module
-from qlora_rs.recipes.base_model import demo_model_path, load_base_model
-from qlora_rs.recipes.quantized_folder import load_quantized_folder, save_quantized_folder
-
 R, ALPHA = 16, 32
 
 
 def write_folder(folder: Path) -> None:
     """SmolLM2-135M with NF4 layers, as both sides load it."""
+    import qlora_rs
+    from qlora_rs.recipes.base_model import demo_model_path, load_base_model
+    from qlora_rs.recipes.quantized_folder import save_quantized_folder
+
     base = load_base_model(demo_model_path(), "bfloat16")
     save_quantized_folder(qlora_rs.quantize_model(base.model), base.tokenizer, folder)
 
@@ -33,6 +34,10 @@ def build(side: str, folder: Path) -> nn.Module:
     torch.manual_seed(0)
     if side == "bitsandbytes":
         return theirs(folder)
+    import qlora_rs
+    from qlora_rs.model import lora_layers, replace_module
+    from qlora_rs.recipes.quantized_folder import load_quantized_folder
+
     model = load_quantized_folder(folder, "bfloat16", with_tokenizer=False).model
     model = qlora_rs.add_lora(model, r=R, alpha=ALPHA)
     model = qlora_rs.fuse_mlps(qlora_rs.fuse_norms(qlora_rs.fuse_loss(model)))
@@ -59,7 +64,7 @@ def theirs(folder: Path) -> nn.Module:
 class FreeLayer(nn.Module):
     """A layer whose results and gradients are constants that are ready before it is called."""
 
-    def __init__(self, layer: qlora_rs.QLoRALinear) -> None:
+    def __init__(self, layer: Any) -> None:
         super().__init__()
         self.lora_A, self.lora_B = layer.lora_A, layer.lora_B
         self.sizes = (layer.out_features, layer.in_features)

@@ -41,7 +41,8 @@ __device__ __forceinline__ void load(const Float* __restrict__ x, float* values)
 }
 
 // The 8 weights of 4 bytes of codes. `levels` is their address in shared memory, a multiple of 256: the
-// last byte of a level's address is four times its code, and a byte permutation makes the whole.
+// last byte of a level's address is four times its code, and a byte permutation makes the whole. The
+// load need not name the memory it reads: volatile, it stays behind the barrier, and nothing writes later.
 __device__ __forceinline__ void decode(unsigned word, unsigned levels, float* weights) {
     const unsigned offsets[2] = {word >> 2 & 0x3c3c3c3cu, word << 2 & 0x3c3c3c3cu};
 #pragma unroll

@@ -113,10 +113,11 @@ def test_a_graph_captures_quantizing_and_replays_it() -> None:
 def test_products_of_few_and_of_more_rows_are_those_of_float64(
     dtype: torch.dtype, rows: int
 ) -> None:
-    packed = qlora_rs.quantize(torch.randn(1000, 1088, device=GPU))
+    # Whole passes of the kernel of few rows, and a rest.
+    packed = qlora_rs.quantize(torch.randn(1000, 3136, device=GPU))
     x, bias, lora_a, lora_b = (
         torch.randn(shape, device=GPU).to(dtype)
-        for shape in ((rows, 1088), (1000,), (40, 1088), (1000, 40))
+        for shape in ((rows, 3136), (1000,), (40, 3136), (1000, 40))
     )
     y = qlora_rs.lora_linear(x, packed, lora_a, lora_b, 0.5, bias).double()
     exact = x.double() @ packed.dequantize(torch.float64).t() + bias.double()

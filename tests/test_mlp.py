@@ -136,6 +136,11 @@ def dense_up(made: nn.Module) -> None:
     made.up_proj = nn.Linear(64, 160, bias=False)
 
 
+def seen_activation(made: nn.Module) -> None:
+    made.act_fn.register_forward_hook(lambda *_: made.seen.append(1))
+    made.seen = []
+
+
 CHANGES: dict[str, Callable] = {
     "dropout": lambda made: setattr(made.up_proj, "dropout", 0.5),
     "an adapter disabled": lambda made: setattr(made.gate_proj, "adapter_enabled", False),
@@ -143,6 +148,8 @@ CHANGES: dict[str, Callable] = {
     "a hook": lambda made: made.up_proj.register_forward_hook(lambda *_: None),
     "a replaced forward": lambda made: setattr(made.up_proj, "forward", made.up_proj.forward),
     "a dense layer": dense_up,
+    "another activation": lambda made: setattr(made, "act_fn", nn.GELU()),
+    "an activation with a hook": seen_activation,
     "factors with gaps": lambda made: setattr(
         made.up_proj.lora_A, "data", made.up_proj.lora_A.data.t().contiguous().t()
     ),
@@ -166,20 +173,25 @@ def test_the_mlps_own_way_after_a_change(change: str, fused: list) -> None:
         assert (got is None) == (expected is None)
         assert got is None or torch.equal(got, expected)
     assert not fused
+    assert change != "an activation with a hook" or len(made.seen) == 2
 
 
 def test_the_mlps_own_way_for_other_calls(fused: list) -> None:
     made, own = fuse_mlps(mlp()), mlp()
     x = torch.randn(2, 5, 64, requires_grad=True)
+    assert torch.equal(made(x.detach()), own(x.detach()))
     with torch.no_grad():
         assert torch.equal(made(x), own(x))
-    assert torch.equal(made(x.detach()), own(x.detach()))
+    with pytest.raises(QloraError, match="must be 64"):
+        made(torch.randn(0, 99, requires_grad=True))
     assert torch.equal(made(x.double()), own(x.double()))
     strided = x.transpose(0, 1)
     assert torch.equal(made(strided), own(strided))
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(made(x), own(x))
     assert torch.allclose(torch.func.vmap(made)(x), own(x), atol=1e-4)
+    with nn.modules.module.register_module_forward_hook(lambda *_: None):
+        assert torch.equal(made(x), own(x))
     assert not fused
     compiled = torch.compile(made, backend="aot_eager")
     assert torch.allclose(compiled(x), own(x), atol=1e-5)
@@ -202,6 +214,24 @@ def test_gradients_with_gaps_second_ones_and_batches_of_them() -> None:
     (grad,) = torch.autograd.grad(made(x).square().sum(), x, create_graph=True)
     with pytest.raises(QloraError, match="second gradients of lora_linear"):
         grad.sum().backward()
+
+
+@pytest.mark.parametrize("create_graph", [False, True])
+def test_an_mlp_that_is_called_twice_and_gradients_that_are_taken_twice(create_graph: bool) -> None:
+    made, own = fuse_mlps(mlp()), mlp()
+    made.up_proj.lora_A = made.gate_proj.lora_A
+    own.up_proj.lora_A = own.gate_proj.lora_A
+    x = torch.randn(3, 64, requires_grad=True)
+    found, expected = [], []
+    for module, gradients in ((made, found), (own, expected)):
+        y = module(module(x)).sum()
+        inputs = [x, *(p for p in module.parameters() if p.requires_grad)]
+        first = torch.autograd.grad(y, inputs, retain_graph=True, create_graph=create_graph)
+        again = torch.autograd.grad(y, inputs)
+        assert all(map(torch.equal, first, again)) or create_graph
+        gradients += [*first, *again]
+    for got, want in zip(found, expected, strict=True):
+        assert torch.allclose(got, want, rtol=1e-3, atol=1e-4 * float(want.abs().max()))
 
 
 def test_a_frozen_factor_and_gradient_checkpointing(fused: list) -> None:
@@ -233,9 +263,24 @@ class Residual(LlamaMLP):
         return x + super().forward(x)
 
 
-def residual() -> nn.Module:
-    made = mlp()
-    made.__class__ = Residual
+class Forgetful(LlamaMLP):
+    """With a dropout of its own, while it is trained."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.dropout(super().forward(x), 0.1, self.training)
+
+
+class Limited(LlamaMLP):
+    """Limits large values."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate = self.gate_proj(x).clamp(max=10.0)
+        return self.down_proj(self.act_fn(gate) * self.up_proj(x).clamp(-10.0, 10.0))
+
+
+def of_kind(kind: type) -> nn.Module:
+    made = mlp().eval()
+    made.__class__ = kind
     return made
 
 
@@ -248,11 +293,18 @@ def replaced() -> nn.Module:
 @pytest.mark.parametrize(
     ("build", "sentence"),
     [
-        (lambda: nn.Sequential(nn.Linear(8, 8)), "has no MLP of the form.*: none"),
-        (lambda: mlp("gelu"), "LlamaMLP"),
-        (residual, "Residual"),
-        (replaced, "call add_lora"),
-        (tiny_llama.quantized, "call add_lora"),
+        (
+            lambda: nn.Sequential(nn.Linear(8, 8)),
+            "no MLP to fuse: no module has gate_proj, up_proj",
+        ),
+        (lambda: mlp("gelu"), r"LlamaMLP \(it computes something else than down\(silu"),
+        (lambda: of_kind(Residual), r"Residual \(it computes something else"),
+        (lambda: of_kind(Forgetful), r"Forgetful \(it computes something else"),
+        (lambda: of_kind(Limited), r"Limited \(it computes something else"),
+        (lambda: mlp(bias=True), "gate_proj has a bias"),
+        (lambda: mlp().to("meta"), "gate_proj is on meta and not on the CPU"),
+        (replaced, "something replaced its forward"),
+        (tiny_llama.quantized, "gate_proj is NF4Linear and not adapted by add_lora"),
         (lambda: fuse_mlps(mlp()), "has fused MLPs already; unfuse_mlps"),
     ],
 )
@@ -262,6 +314,16 @@ def test_refusals_name_what_was_found(build: Callable, sentence: str) -> None:
     with pytest.raises(QloraError, match=sentence):
         fuse_mlps(model)
     assert [dict(module.__dict__) for module in model.modules()] == before
+
+
+def test_a_rehearsal_leaves_modes_and_random_numbers_alone() -> None:
+    made = mlp(dropout=0.5)
+    made.up_proj.eval()
+    modes = [module.training for module in made.modules()]
+    state = torch.get_rng_state()
+    fuse_mlps(made)  # whose adapters' dropout is not the MLP's
+    assert [module.training for module in made.modules()] == modes
+    assert torch.equal(torch.get_rng_state(), state)
 
 
 def test_mlps_of_another_kind_stay_and_their_neighbours_do_not() -> None:

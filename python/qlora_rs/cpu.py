@@ -229,11 +229,11 @@ def factor_gradients(
 
     hidden and grad_hidden: [rows, r]; x and dY: [rows, ...] (of any shape, without float64).
     """
-    if torch.float64 in (grad.dtype, lora_a.dtype, lora_b.dtype):
+    if grad.dtype == torch.float64:
         grad_a, grad_b = grad_hidden.t() @ x, grad.t() @ hidden
         return grad_a.to(lora_a.dtype).contiguous(), grad_b.to(lora_b.dtype).contiguous()
-    grad_a = torch.empty(lora_a.shape, dtype=lora_a.dtype)
-    grad_b = torch.empty(lora_b.shape, dtype=lora_b.dtype)
+    grad_a = torch.empty(lora_a.shape, dtype=_stored(lora_a.dtype))
+    grad_b = torch.empty(lora_b.shape, dtype=_stored(lora_b.dtype))
     _rust.factor_gradients(
         to_dlpack(x),
         to_dlpack(grad_hidden),
@@ -246,7 +246,12 @@ def factor_gradients(
         to_dlpack(grad_b),
         torch.get_num_threads(),
     )
-    return grad_a, grad_b
+    return grad_a.to(lora_a.dtype), grad_b.to(lora_b.dtype)
+
+
+def _stored(dtype: torch.dtype) -> torch.dtype:
+    """What Rust writes for results of a type."""
+    return torch.float32 if dtype == torch.float64 else dtype
 
 
 def multiply_dense(

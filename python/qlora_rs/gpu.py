@@ -34,6 +34,8 @@ CHUNK_ROWS = 128
 # Products of so many rows of activations at most decode in registers, where every row of W begins a
 # block.
 FEW_ROWS = max(kernels.FEW_ROWS_TILES)
+# There the kernel counts in 32 bits: features, and columns of so many rows.
+MOST_FEATURES, MOST_COLUMNS = 1 << 31, (1 << 31) // FEW_ROWS
 # Sums of mantissas for each exponent of float32, then what was refused: 64 bits each.
 _EXPONENTS = 254
 
@@ -188,8 +190,8 @@ def _suits_few_rows(x: Tensor, packed: Packed) -> bool:
     return (
         0 < x.shape[0] <= FEW_ROWS
         and x.dtype != torch.float64
-        and 0 < packed.out_features < 1 << 31
-        and 0 < packed.in_features < 1 << 28
+        and 0 < packed.out_features < MOST_FEATURES
+        and 0 < packed.in_features < MOST_COLUMNS
         and packed.in_features % packed.block_size == 0
     )
 

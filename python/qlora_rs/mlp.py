@@ -32,8 +32,8 @@ def fuse_mlps(model: nn.Module) -> nn.Module:
     model: of transformers, with adapters by `add_lora` on gate_proj, up_proj and down_proj. Fused
     are modules with these three whose results, on a rehearsal, are down(silu(gate x) ∘ up x);
     others (Gemma's, whose activation is GELU; layers with a bias) stay as they are. The adapters'
-    dropout, a layer's hook, a disabled adapter, another compute_dtype, autocast, torch.compile and
-    calls without gradients take the modules' own way, on other devices too.
+    dropout, hooks, a disabled adapter, another compute_dtype, autocast, torch.compile, calls
+    without gradients and other devices take the modules' own way.
     Between the products values are float32, rounded once, where torch rounds the activation as
     well: last bits change. Saved weights never know of it; `copy.deepcopy` and pickle keep it.
     Returns the model. Raises QloraError where there is no MLP to fuse, or where they are fused
@@ -51,17 +51,16 @@ def fuse_mlps(model: nn.Module) -> nn.Module:
     found = [m for m in model.modules() if all(hasattr(m, name) for name in LAYERS)]
     if any(isinstance(m.__dict__.get("forward"), FusedMlp) for m in found):
         raise QloraError("the model has fused MLPs already; unfuse_mlps(model) removes them")
-    # One whose forward somebody has replaced (accelerate's hooks do) is theirs.
-    fitting = [m for m in found if "forward" not in m.__dict__ and _is_gated_mlp(m)]
-    if not fitting:
-        names = ", ".join(sorted({type(m).__name__ for m in found})) or "none"
+    reasons = [_reason_against(mlp) for mlp in found]
+    if None not in reasons:
+        kinds = sorted({f"{type(m).__name__} ({r})" for m, r in zip(found, reasons, strict=True)})
         raise QloraError(
-            f"{type(model).__name__} has no MLP of the form down(silu(gate x) * up x) with an "
-            f"adapter on all three layers (modules with {', '.join(LAYERS)}: {names}); call "
-            "add_lora(model) first, or leave fuse_mlps out"
+            f"{type(model).__name__} has no MLP to fuse: "
+            f"{', '.join(kinds) or 'no module has ' + ', '.join(LAYERS)}; leave fuse_mlps out"
         )
-    for mlp in fitting:
-        FusedMlp(mlp).install()
+    for mlp, reason in zip(found, reasons, strict=True):
+        if reason is None:
+            FusedMlp(mlp).install()
     return model
 
 
@@ -80,6 +79,11 @@ def unfuse_mlps(model: nn.Module) -> nn.Module:
 
 class FusedMlp(OwnForward):
     """Of an MLP."""
+
+    def __init__(self, mlp: nn.Module) -> None:
+        super().__init__(mlp)
+        # The activation, mostly: another one, or one with a hook, is not ours.
+        self.others = _others(mlp)
 
     def __call__(self, *arguments: Any, **options: Any) -> Any:
         if len(arguments) == 1 and not options:
@@ -103,15 +107,38 @@ class FusedMlp(OwnForward):
         ):
             return None
         layers = [self.module._modules.get(name) for name in LAYERS]
-        if not all(_is_usual(layer, x.dtype) for layer in layers):
+        others = _others(self.module)
+        if (
+            not all(_is_usual(layer, x.dtype) for layer in layers)
+            or len(others) != len(self.others)
+            or not all(
+                m is n and not _has_hook(m) for m, n in zip(others, self.others, strict=True)
+            )
+            or x.shape[-1:] != (layers[0].in_features,)
+        ):
             return None
         try:
-            weights = tuple([_weight(layer) for layer in layers])
-            factors = [m for layer in layers for m in _factors(layer)]
-            return _Mlp.apply(x, *factors, weights)
-        # Raised before anything is kept: the modules' own way knows what to do or whom to refuse.
+            operands: Any = [operand for layer in layers for operand in shortcut.operands(layer)]
         except shortcut.NOT_THIS_WAY:
             return None
+        try:
+            return _Mlp.apply(x, *operands)
+        except shortcut.Elsewhere:
+            return None
+
+
+def _others(mlp: nn.Module) -> list[nn.Module | None]:
+    return [module for name, module in mlp._modules.items() if name not in LAYERS]
+
+
+def _has_hook(module: Any) -> bool:
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or "forward" in module.__dict__
+    )
 
 
 def _is_usual(layer: Any, dtype: torch.dtype) -> bool:
@@ -122,26 +149,8 @@ def _is_usual(layer: Any, dtype: torch.dtype) -> bool:
         and not (layer.training and layer.dropout)
         and layer.compute_dtype in (None, dtype)
         and layer.bias is None
-        and "forward" not in layer.__dict__
-        and not (layer._forward_hooks or layer._forward_pre_hooks)
-        and not (layer._backward_hooks or layer._backward_pre_hooks)
+        and not _has_hook(layer)
     )
-
-
-def _weight(layer: Any) -> shortcut.Weight:
-    held, size = layer._parameters, (layer.out_features, layer.in_features)
-    packed = tuple([held[name] for name in shortcut.PACKED])
-    return shortcut.Weight.of(packed, size, layer.block_size, layer.scaling)
-
-
-def _factors(layer: Any) -> tuple[Tensor, Tensor]:
-    """A and B; refused where they are not plain matrices that fit."""
-    lora_a, lora_b = layer._parameters["lora_A"], layer._parameters["lora_B"]
-    rank = lora_a.size(0)
-    fits = (lora_a.shape, lora_b.shape) == ((rank, layer.in_features), (layer.out_features, rank))
-    if not fits or rank < 1 or lora_a.is_neg() or lora_b.is_neg():
-        raise QloraError("an adapter does not fit its layer")
-    return lora_a, lora_b
 
 
 class _Mlp(torch.autograd.Function):
@@ -149,14 +158,15 @@ class _Mlp(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, *operands: Any) -> Tensor:
-        gate_a, gate_b, up_a, up_b, down_a, down_b, weights = operands
-        gate, gate_hidden = shortcut.forward(x, weights[0], gate_a, gate_b)
-        up, up_hidden = shortcut.forward(x, weights[1], up_a, up_b)
+        of_gate, gate_a, gate_b, of_up, up_a, up_b, of_down, down_a, down_b = operands
+        gate, gate_hidden = shortcut.forward(x, of_gate, gate_a, gate_b)
+        up, up_hidden = shortcut.forward(x, of_up, up_a, up_b)
         gated = torch.empty(gate.shape, dtype=gate.dtype)
         _rust.gated(to_dlpack(gate), to_dlpack(up), to_dlpack(gated), torch.get_num_threads())
-        y, down_hidden = shortcut.forward(gated, weights[2], down_a, down_b)
-        ctx.save_for_backward(x, gate, up, gate_hidden, up_hidden, down_hidden, *operands[:6])
-        ctx.weights = weights
+        y, down_hidden = shortcut.forward(gated, of_down, down_a, down_b)
+        products = (gate, up, gate_hidden, up_hidden, down_hidden)
+        ctx.save_for_backward(x, *products, gate_a, gate_b, up_a, up_b, down_a, down_b)
+        ctx.weights = (of_gate, of_up, of_down)
         return y
 
     @staticmethod
@@ -167,7 +177,8 @@ class _Mlp(torch.autograd.Function):
         if ops.runs_directly(grad) and not torch.is_grad_enabled():
             grad = cpu.plain(grad)
         if not shortcut.is_plain(grad, x):
-            return *_written_out(grad, x, factors, ctx.weights), None
+            grad_x, *grads = _written_out(grad, x, factors, ctx.weights)
+            return grad_x, None, *grads[:2], None, *grads[2:4], None, *grads[4:]
         gate_a, gate_b, up_a, up_b, down_a, down_b = factors
         of_gate, of_up, of_down = ctx.weights
         # `down_proj` took silu(gate) ∘ up. Its gradient comes first; the pass that turns it into
@@ -185,7 +196,7 @@ class _Mlp(torch.autograd.Function):
         downs = cpu.factor_gradients(grad, gated, down_hidden, grad_hidden, down_a, down_b)
         grad_x, *gates = shortcut.backward(grad_gate, x, gate_hidden, of_gate, gate_a, gate_b)
         other, *ups = shortcut.backward(grad_up, x, up_hidden, of_up, up_a, up_b)
-        return grad_x.add_(other), *gates, *ups, *downs, None
+        return grad_x.add_(other), None, *gates, None, *ups, None, *downs
 
 
 def _written_out(
@@ -194,9 +205,12 @@ def _written_out(
     """The gradients of x and the factors, where somebody looks on or differentiates once more."""
     twice = torch.is_grad_enabled()
     operands = [x, *factors]
-    if not twice:
-        operands = [tensor.detach().requires_grad_() for tensor in operands]
     with torch.enable_grad():
+        # New each, so that a gradient is one operand's alone: x may come of the same factors.
+        if twice:
+            operands = [tensor.view_as(tensor) for tensor in operands]
+        else:
+            operands = [tensor.detach().requires_grad_() for tensor in operands]
         x, *factors = operands
 
         def product(x: Tensor, i: int) -> Tensor:
@@ -210,22 +224,48 @@ def _written_out(
     return [next(found) if tensor.requires_grad else None for tensor in operands]
 
 
-def _is_gated_mlp(mlp: Any) -> bool:
-    """Whether the module, on a rehearsal, does what ours does."""
-    layers = [mlp._modules.get(name) for name in LAYERS]
-    if not all(type(m) is QLoRALinear and m.weight.is_cpu and m.bias is None for m in layers):
-        return False
-    gate, up, down = layers
+# Rows of the rehearsal, of different sizes: where an MLP limits large values, it shows in the last.
+_REHEARSED_SIZES = (1.0, 0.05, 300.0)
+
+
+def _reason_against(mlp: Any) -> str | None:
+    """Why the module cannot be fused, or None: on a rehearsal it does what ours does."""
+    # Of a module whose forward somebody has replaced (accelerate's hooks do), it is theirs.
+    if "forward" in mlp.__dict__:
+        return "something replaced its forward"
+    layers = {name: getattr(mlp, name) for name in LAYERS}
+    for name, layer in layers.items():
+        if type(layer) is not QLoRALinear:
+            return f"{name} is {type(layer).__name__} and not adapted by add_lora"
+        if layer.bias is not None:
+            return f"{name} has a bias"
+        if not layer.weight.is_cpu:
+            return f"{name} is on {layer.weight.device} and not on the CPU"
+    try:
+        fits = _rehearse(mlp, *layers.values())
+    except Exception as error:  # it wants more than x, or layers that do not fit
+        return f"{type(error).__name__} when called with rows of {LAYERS[0]}'s width"
+    return None if fits else "it computes something else than down(silu(gate x) * up x)"
+
+
+def _rehearse(mlp: Any, gate: Any, up: Any, down: Any) -> bool:
+    """Whether the module's results while it trains, its adapters' dropout aside, are ours."""
     generator = torch.Generator().manual_seed(0)
-    x = torch.randn((1, 3, gate.in_features), generator=generator, device="cpu")
-    x = x.to(gate.compute_dtype or gate.weight_dtype)
-    with torch.no_grad():
-        try:
+    shape = (len(_REHEARSED_SIZES), 1, gate.in_features)
+    sizes = torch.tensor(_REHEARSED_SIZES, device="cpu")[:, None, None]
+    x = torch.randn(shape, generator=generator, device="cpu") * sizes
+    modes = [(module, module.training) for module in mlp.modules()]
+    try:
+        for module, _ in modes:
+            module.training = module not in (gate, up, down)
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
             ours = down(nn.functional.silu(gate(x)) * up(x))
             theirs = mlp(x)
-        except Exception:  # another kind of module: it wants more than x, or layers that fit not
-            return False
+    finally:
+        for module, mode in modes:
+            module.training = mode
     if not isinstance(theirs, Tensor) or (theirs.dtype, theirs.shape) != (ours.dtype, ours.shape):
         return False
-    close = torch.finfo(ours.dtype).eps * 4 * float(ours.abs().max())
-    return torch.allclose(ours, theirs, rtol=0.0, atol=close)
+    # A layer may compute in another type than x's: what it rounds, it rounds for both.
+    largest = ours.abs().amax(-1, keepdim=True)
+    return bool(((ours - theirs).abs() <= 1e-5 * largest).all())

@@ -9,6 +9,7 @@ usual way, which knows what to do or whom to refuse.
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -40,6 +41,10 @@ _empty, _threads = torch.empty, torch.get_num_threads
 _grad_enabled, _autocast_enabled = torch.is_grad_enabled, torch.is_autocast_enabled
 
 
+class Elsewhere(Exception):
+    """This way does not lead there; nothing was computed or kept."""
+
+
 def product(layer: NF4Linear, x: Tensor, scaling: float | None) -> Tensor | None:
     """The layer's y [..., out] for x [..., in], or None where this way does not lead there.
 
@@ -61,47 +66,69 @@ def product(layer: NF4Linear, x: Tensor, scaling: float | None) -> Tensor | None
     ):
         return None
     held: Any = layer._parameters
-    size, adapter = (layer.out_features, columns), None
+    size, adapter, step = (layer.out_features, columns), None, None
     try:
-        packed = tuple([held[name] for name in PACKED])
         bias = held["bias"]
         trains = _grad_enabled() and (
             x.requires_grad or (bias is not None and bias.requires_grad) or scaling is not None
         )
-        if scaling is not None:
-            lora_a, lora_b = held["lora_A"], held["lora_B"]
-            rank = lora_a.size(0)
-            if (
-                rank < 1
-                or lora_a.shape != (rank, columns)
-                or lora_b.shape != (size[0], rank)
-                or lora_a.is_neg()
-                or lora_b.is_neg()
-            ):
+        if trains:
+            if scaling is None or bias is not None:
                 return None
-            if trains and bias is None:
-                weight = Weight.of(packed, size, layer.block_size, scaling)
-                return _Step.apply(x, lora_a, lora_b, weight)
-            adapter = (to_dlpack(lora_a), to_dlpack(lora_b), rank, scaling, None)
-        if trains or (bias is not None and (bias.shape != (size[0],) or bias.is_neg())):
-            return None
-        y = _empty((*shape[:-1], size[0]), dtype=dtype)
-        _rust.multiply(
-            False,
-            to_dlpack(x),
-            x.numel() // columns,
-            _capsules(packed),
-            size,
-            layer.block_size,
-            adapter,
-            None if bias is None else to_dlpack(bias),
-            to_dlpack(y),
-            _threads(),
-        )
+            step = operands(layer)
+        else:
+            packed = tuple([held[name] for name in PACKED])
+            if scaling is not None:
+                lora_a, lora_b = _factors(layer)
+                rank = lora_a.size(0)
+                adapter = (to_dlpack(lora_a), to_dlpack(lora_b), rank, scaling, None)
+            if bias is not None and (bias.shape != (size[0],) or bias.is_neg()):
+                return None
+            y = _empty((*shape[:-1], size[0]), dtype=dtype)
+            _rust.multiply(
+                False,
+                to_dlpack(x),
+                x.numel() // columns,
+                _capsules(packed),
+                size,
+                layer.block_size,
+                adapter,
+                None if bias is None else to_dlpack(bias),
+                to_dlpack(y),
+                _threads(),
+            )
+            return y
     # Raised before anything is computed.
     except NOT_THIS_WAY:
         return None
-    return y
+    try:
+        return _Step.apply(x, *step)
+    except Elsewhere:
+        return None
+
+
+def operands(layer: Any) -> tuple[Weight, Tensor, Tensor]:
+    """What `forward` takes of an adapted layer; raises one of NOT_THIS_WAY where it cannot."""
+    held = layer._parameters
+    packed = tuple([held[name] for name in PACKED])
+    size = (layer.out_features, layer.in_features)
+    versions = _versions(packed)
+    return Weight(packed, size, layer.block_size, layer.scaling, versions), *_factors(layer)
+
+
+def _factors(layer: Any) -> tuple[Tensor, Tensor]:
+    """A and B; refused where they are not what lies in memory or do not fit."""
+    lora_a, lora_b = layer._parameters["lora_A"], layer._parameters["lora_B"]
+    rank = lora_a.size(0)
+    if (
+        rank < 1
+        or lora_a.shape != (rank, layer.in_features)
+        or lora_b.shape != (layer.out_features, rank)
+        or lora_a.is_neg()
+        or lora_b.is_neg()
+    ):
+        raise QloraError(f"lora_A {list(lora_a.shape)} and lora_B {list(lora_b.shape)} do not fit")
+    return lora_a, lora_b
 
 
 def _capsules(packed: tuple) -> tuple:
@@ -109,18 +136,13 @@ def _capsules(packed: tuple) -> tuple:
 
 
 class Weight(NamedTuple):
-    """A packed weight and what its adapter is scaled by."""
+    """A packed weight, what its adapter is scaled by, and how often each part was written to."""
 
     packed: tuple
     size: tuple[int, int]
     block_size: int
     scaling: float
     versions: list[int]
-
-    @classmethod
-    def of(cls, packed: tuple, size: tuple[int, int], block_size: int, scaling: float) -> Weight:
-        """Remembers how often each part was written to."""
-        return cls(packed, size, block_size, scaling, _versions(packed))
 
     def check_unchanged(self) -> None:
         """Refuse gradients of a weight that is not the one of the forward pass."""
@@ -136,24 +158,12 @@ def _versions(packed: tuple) -> list[int]:
 
 
 def forward(x: Tensor, weight: Weight, lora_a: Tensor, lora_b: Tensor) -> tuple[Tensor, Tensor]:
-    """y = x Wᵀ + hidden Bᵀ and hidden = scaling x Aᵀ."""
-    packed, size, block_size, scaling, _ = weight
-    dtype, rows, rank = x.dtype, x.numel() // size[1], lora_a.size(0)
-    y = _empty((*x.shape[:-1], size[0]), dtype=dtype)
-    hidden = _empty((rows, rank), dtype=dtype)
-    _rust.multiply(
-        False,
-        to_dlpack(x),
-        rows,
-        _capsules(packed),
-        size,
-        block_size,
-        (to_dlpack(lora_a), to_dlpack(lora_b), rank, scaling, to_dlpack(hidden)),
-        None,
-        to_dlpack(y),
-        _threads(),
-    )
-    return y, hidden
+    """y = x Wᵀ + hidden Bᵀ and hidden = scaling x Aᵀ; raises Elsewhere."""
+    try:
+        return _multiply(False, x, weight, lora_a, lora_b)
+    # Raised before anything is computed. Not of what autograd does next: that is the caller's.
+    except NOT_THIS_WAY as error:
+        raise Elsewhere from error
 
 
 def backward(
@@ -168,23 +178,29 @@ def backward_product(
     grad: Tensor, weight: Weight, lora_a: Tensor, lora_b: Tensor
 ) -> tuple[Tensor, Tensor]:
     """dX = dY W + grad_hidden A and grad_hidden = scaling dY B."""
-    packed, size, block_size, scaling, _ = weight
-    dtype, rows, rank = grad.dtype, grad.numel() // max(size[0], 1), lora_a.size(0)
-    grad_x = _empty((*grad.shape[:-1], size[1]), dtype=dtype)
-    grad_hidden = _empty((rows, rank), dtype=dtype)
+    return _multiply(True, grad, weight, lora_a, lora_b)
+
+
+def _multiply(
+    transposed: bool, x: Tensor, weight: Weight, lora_a: Tensor, lora_b: Tensor
+) -> tuple[Tensor, Tensor]:
+    (features, columns), dtype = weight.size, x.dtype
+    rows, rank = math.prod(x.shape[:-1]), lora_a.size(0)
+    out = _empty((*x.shape[:-1], columns if transposed else features), dtype=dtype)
+    hidden = _empty((rows, rank), dtype=dtype)
     _rust.multiply(
-        True,
-        to_dlpack(grad),
+        transposed,
+        to_dlpack(x),
         rows,
-        _capsules(packed),
-        size,
-        block_size,
-        (to_dlpack(lora_a), to_dlpack(lora_b), rank, scaling, to_dlpack(grad_hidden)),
+        _capsules(weight.packed),
+        weight.size,
+        weight.block_size,
+        (to_dlpack(lora_a), to_dlpack(lora_b), rank, weight.scaling, to_dlpack(hidden)),
         None,
-        to_dlpack(grad_x),
+        to_dlpack(out),
         _threads(),
     )
-    return grad_x, grad_hidden
+    return out, hidden
 
 
 class _Step(torch.autograd.Function):
@@ -195,7 +211,7 @@ class _Step(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, lora_a: Tensor, lora_b: Tensor, weight: Weight) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Weight, lora_a: Tensor, lora_b: Tensor) -> Tensor:
         y, hidden = forward(x, weight, lora_a, lora_b)
         ctx.save_for_backward(x, hidden, lora_a, lora_b)
         ctx.weight = weight
@@ -207,12 +223,13 @@ class _Step(torch.autograd.Function):
         weight, needs_x = ctx.weight, ctx.needs_input_grad[0]
         weight.check_unchanged()
         if needs_x and is_plain(grad, x):
-            return *backward(grad, x, hidden, weight, lora_a, lora_b), None
+            grad_x, *grads = backward(grad, x, hidden, weight, lora_a, lora_b)
+            return grad_x, None, *grads
         packed, size, block_size, scaling, _ = weight
         arguments = (*packed, *size, block_size, lora_a, lora_b, scaling, needs_x)
         kernel = autograd._kernel("lora_linear_backward", grad)
         grad_x, grad_a, grad_b = kernel(grad, x, hidden, *arguments)
-        return grad_x if needs_x else None, grad_a, grad_b, None
+        return grad_x if needs_x else None, None, grad_a, grad_b
 
 
 def is_plain(grad: Tensor, x: Tensor) -> bool:

@@ -65,8 +65,9 @@ impl<T: Element> FactorGradient<'_, T> {
     /// Check the operands; the result as something that blocks of columns write to. Transposed, a
     /// block's part of it is some whole rows: the columns of one long row.
     fn outputs<'o, P>(&self, out: &'o mut [P]) -> Result<Columns<'o, P>, Error> {
-        check_length("hidden", self.left.len(), self.tokens * self.rank)?;
-        check_length("x", self.right.len(), self.tokens * self.width)?;
+        let (left, right) = if self.transposed { ("hidden", "grad") } else { ("grad_hidden", "x") };
+        check_length(left, self.left.len(), self.tokens * self.rank)?;
+        check_length(right, self.right.len(), self.tokens * self.width)?;
         check_length("gradient", out.len(), self.rank * self.width)?;
         Ok(Columns::new(out, if self.transposed { self.width * self.rank } else { self.width }))
     }

@@ -128,8 +128,8 @@ impl<'py> Argument<'py> {
         if self.count == 0 {
             return Ok(&mut []);
         }
-        // SAFETY: as in `slice`; outputs are allocated in Python for this call alone (`cpu.py`,
-        // `shortcut.py`, `norms.py`), so no other reference to their memory exists.
+        // SAFETY: as in `slice`; outputs are tensors that our own Python made and has not handed out
+        // yet, each given once per call, so no other reference to their memory exists.
         Ok(unsafe { std::slice::from_raw_parts_mut(self.data.cast(), self.count) })
     }
 
