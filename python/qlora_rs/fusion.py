@@ -170,6 +170,8 @@ class _FusedForward(OwnForward):
         return _without_logits(outputs)
 
     def _labels(self, arguments: tuple, options: dict) -> Tensor | None:
+        if not arguments:  # as `generate` calls it for every token: a signature takes a while
+            return options.get("labels")
         place = list(inspect.signature(self.__wrapped__).parameters).index("labels")
         return arguments[place] if len(arguments) > place else options.get("labels")
 

@@ -104,9 +104,13 @@ class _Attend:
         *arguments: Any,
         **options: Any,
     ) -> tuple[Tensor, None]:
+        if (
+            not torch.is_grad_enabled()
+            or _MARK not in module.__dict__
+            or not _fits(query, key, value, *arguments, **options)
+        ):
+            return self.before(module, query, key, value, *arguments, **options)
         attend = partial(self.before, module)
-        if _MARK not in module.__dict__ or not _fits(query, key, value, *arguments, **options):
-            return attend(query, key, value, *arguments, **options)
 
         def wide(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
             # A mask that is added has the activations' type; torch wants that of the queries.
@@ -145,8 +149,7 @@ def _fits(
     """Whether a narrow attention is trained here, and nothing beside query, key and value."""
     others = [t for t in (*arguments, *options.values()) if isinstance(t, Tensor)]
     return (
-        torch.is_grad_enabled()
-        and (query.requires_grad or key.requires_grad or value.requires_grad)
+        (query.requires_grad or key.requires_grad or value.requires_grad)
         and query.dtype in _NARROW
         and query.dtype == key.dtype == value.dtype
         and query.is_cpu
