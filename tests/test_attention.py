@@ -260,6 +260,18 @@ def test_of_long_texts_nothing_is_kept_but_the_narrow_operands(
     assert [t.data_ptr() for t in kept] == [t.data_ptr() for t in (query, key, value)]
 
 
+@pytest.mark.parametrize("length", [200, 1200])
+def test_only_of_short_texts_more_is_kept(length: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention, "_KEPT_BYTES", 1 << 20)
+    query, key, value, _ = (t.requires_grad_() for t in operands(torch.bfloat16, length))
+    kept: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        _attend(Attention(), query, key, value, None)
+    wide = 4 * sum(t.numel() for t in (query, key, value))
+    assert (wide > 1 << 20) == (length == 1200)
+    assert any(t.dtype == torch.float32 for t in kept) == (length == 200)
+
+
 def test_second_batched_and_checkpointed_gradients() -> None:
     given = operands(torch.bfloat16, length=5)
     wide = [t.float() for t in given]

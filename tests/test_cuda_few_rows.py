@@ -111,6 +111,22 @@ def test_what_does_not_suit_is_decoded_by_chunks(
     assert device.kernels == ["dequantize_nf4"]
 
 
+@pytest.mark.parametrize(
+    ("features", "columns", "suits"),
+    [
+        ((1 << 31) - 1, 64, True),
+        (1 << 31, 64, False),
+        (8, (1 << 28) - 64, True),
+        (8, 1 << 28, False),
+    ],
+)
+def test_sizes_beyond_32_bits_are_decoded_by_chunks(
+    features: int, columns: int, suits: bool
+) -> None:
+    packed = packed_of(6, 128)._replace(out_features=features, in_features=columns)
+    assert gpu._suits_few_rows(torch.empty(2, columns, device="meta"), packed) == suits
+
+
 @pytest.mark.parametrize("shape", [(0, 128), (2, 0)], ids=["no rows", "no columns"])
 def test_empty_products(shape: tuple[int, int]) -> None:
     bias = torch.randn(6)

@@ -68,6 +68,7 @@ def test_a_public_name_exists_and_is_documented(name: str) -> None:
         "linear_cross_entropy",
         "fuse_loss",
         "fuse_norms",
+        "fuse_mlps",
         "widen_attention",
     ],
 )

@@ -97,6 +97,43 @@ def test_second_gradients_are_refused_as_everywhere() -> None:
         grad.sum().backward()
 
 
+def test_a_layer_without_outputs_and_gradients_that_are_taken_twice() -> None:
+    empty = qlora_rs.QLoRALinear(qlora_rs.NF4Linear(qlora_rs.quantize(torch.zeros(0, 64))), r=2)
+    x = torch.randn(3, 64, requires_grad=True)
+    empty(x).sum().backward()
+    assert torch.equal(x.grad, torch.zeros(3, 64))
+    assert torch.equal(empty.lora_A.grad, torch.zeros(2, 64))
+    made, x = layer(), torch.randn(2, 128, requires_grad=True)
+    y = made(x).square().sum()
+    inputs = (x, made.lora_A, made.lora_B)
+    first = torch.autograd.grad(y, inputs, retain_graph=True)
+    assert all(map(torch.equal, first, torch.autograd.grad(y, inputs)))
+
+
+def test_errors_of_hooks_are_the_callers() -> None:
+    made, x = layer(), torch.randn(2, 128, requires_grad=True)
+
+    def refuse(_: Tensor) -> None:
+        raise RuntimeError("no room")
+
+    with (
+        torch.autograd.graph.saved_tensors_hooks(refuse, refuse),
+        pytest.raises(RuntimeError, match="no room"),
+    ):
+        made(x)
+
+
+def test_factors_of_two_types_keep_their_own() -> None:
+    made, x = layer(), torch.randn(2, 128, dtype=torch.bfloat16, requires_grad=True)
+    made(x).sum().backward()
+    expected = made.lora_B.grad.clone()
+    made.zero_grad()
+    made.lora_A.data = made.lora_A.data.double()
+    made(x).sum().backward()
+    assert (made.lora_A.grad.dtype, made.lora_B.grad.dtype) == (torch.float64, torch.float32)
+    assert torch.allclose(made.lora_B.grad, expected, rtol=2e-2, atol=1e-3)
+
+
 def test_a_weight_that_changes_before_backward_is_refused() -> None:
     made, x = layer(), torch.randn(2, 128, requires_grad=True)
     for part in (made.weight, made.absmax, made.nested_absmax):
