@@ -115,6 +115,37 @@ def test_an_adapter_loads_into_its_own_layers_in_place(tmp_path: Path) -> None:
     assert all(ours is kept for ours, kept in zip(found, parameters, strict=True))
 
 
+@pytest.mark.parametrize(
+    ("held", "sentence"),
+    [
+        ({"r": 8}, "has rank 4 in model.layers.0.*, the model's own adapter 8; call remove_lora"),
+        ({"target_modules": "attention"}, r"mlp\.\w+, which the model's own adapter leaves"),
+    ],
+)
+def test_another_adapter_than_the_models_own_is_refused(
+    held: dict, sentence: str, tmp_path: Path
+) -> None:
+    qlora_rs.save_adapter(tiny_llama.with_adapter(), tmp_path)
+    model = tiny_llama.with_adapter(**held)
+    before, expected = list(model.parameters()), logits(model)
+    with pytest.raises(qlora_rs.QloraError, match=sentence):
+        qlora_rs.load_adapter(model, tmp_path)
+    assert all(ours is kept for ours, kept in zip(model.parameters(), before, strict=True))
+    assert torch.equal(logits(model), expected)
+    qlora_rs.load_adapter(qlora_rs.remove_lora(model), tmp_path)
+
+
+def test_pefts_adapter_is_neither_frozen_nor_saved_as_ours(tmp_path: Path) -> None:
+    config = peft.LoraConfig(r=4, task_type="CAUSAL_LM", target_modules="all-linear")
+    model = peft.get_peft_model(tiny_llama.quantized(), config)
+    trained = [p.requires_grad for p in model.parameters()]
+    with pytest.raises(qlora_rs.QloraError, match=r"has an adapter of peft.*unload"):
+        qlora_rs.add_lora(model)
+    assert [p.requires_grad for p in model.parameters()] == trained
+    with pytest.raises(qlora_rs.QloraError, match=r"model\.save_pretrained"):
+        qlora_rs.save_adapter(model, tmp_path)
+
+
 def test_loading_into_adapter_layers_takes_over_alpha_and_dropout(tmp_path: Path) -> None:
     model = tiny_llama.with_adapter(alpha=20, dropout=0.25)
     qlora_rs.save_adapter(model, tmp_path)

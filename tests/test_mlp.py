@@ -9,6 +9,7 @@ from collections.abc import Callable
 import pytest
 import tiny_llama
 import torch
+from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import LlamaConfig
@@ -284,6 +285,10 @@ def of_kind(kind: type) -> nn.Module:
     return made
 
 
+def of_peft() -> nn.Module:
+    return get_peft_model(tiny_llama.quantized(), LoraConfig(target_modules="all-linear"))
+
+
 def replaced() -> nn.Module:
     made = mlp()
     made.forward = lambda x: x
@@ -304,7 +309,9 @@ def replaced() -> nn.Module:
         (lambda: mlp(bias=True), "gate_proj has a bias"),
         (lambda: mlp().to("meta"), "gate_proj is on meta and not on the CPU"),
         (replaced, "something replaced its forward"),
-        (tiny_llama.quantized, "gate_proj is NF4Linear and not adapted by add_lora"),
+        (lambda: LlamaMLP(LlamaConfig()), "gate_proj is Linear: quantize_model and add_lora come"),
+        (of_peft, "gate_proj has peft's adapter"),
+        (tiny_llama.quantized, "gate_proj has no adapter: call add_lora.model. first"),
         (lambda: fuse_mlps(mlp()), "has fused MLPs already; unfuse_mlps"),
     ],
 )

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from qlora_rs.errors import QloraError
 from qlora_rs.files import write_atomically, write_json
 from qlora_rs.layers import NF4Linear, QLoRALinear
-from qlora_rs.model import lora_layers, replace_module, select_targets
+from qlora_rs.model import is_of_peft, lora_layers, replace_module, select_targets
 
 WEIGHTS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
@@ -47,6 +47,11 @@ def save_adapter(
     """
     layers = lora_layers(model)
     if not layers:
+        if is_of_peft(model):
+            raise QloraError(
+                "the model's adapter is peft's, which saves it itself: "
+                f"model.save_pretrained({str(path)!r})"
+            )
         raise QloraError("the model has no adapter to save; call add_lora(model) first")
     path = Path(path)
     path.mkdir(parents=True, exist_ok=True)
@@ -137,7 +142,7 @@ def load_adapter(model: nn.Module, path: str | Path) -> nn.Module:
             new.lora_A.copy_(adapter.lora_a)
             new.lora_B.copy_(adapter.lora_b)
         new.train(layer.training)
-        if isinstance(layer, QLoRALinear) and layer.r == new.r:
+        if isinstance(layer, QLoRALinear):
             # Keep the parameters themselves: an optimizer may hold them.
             with torch.no_grad():
                 layer.lora_A.copy_(new.lora_A)
@@ -299,6 +304,27 @@ def _by_pattern(patterns: dict[str, Any] | None, name: str, default: Any) -> Any
     return default
 
 
+def _check_same_adapter(
+    path: Path, held: dict[str, QLoRALinear], adapters: dict[str, _LayerAdapter]
+) -> None:
+    """Refuse to give layers other parameters than those that an optimizer may hold."""
+    if not held:
+        return
+    remedy = "call remove_lora(model) first, and build the optimizer afterwards"
+    for name, adapter in adapters.items():
+        rank = adapter.lora_a.shape[0]
+        if name not in held:
+            raise QloraError(
+                f"the adapter in {path} adapts {name}, which the model's own adapter leaves out; "
+                f"{remedy}"
+            )
+        if held[name].r != rank:
+            raise QloraError(
+                f"the adapter in {path} has rank {rank} in {name}, the model's own adapter "
+                f"{held[name].r}; {remedy}"
+            )
+
+
 def _check_fit(
     model: nn.Module, path: Path, config: dict[str, Any], adapters: dict[str, _LayerAdapter]
 ) -> None:
@@ -307,9 +333,10 @@ def _check_fit(
         layer = modules.get(name)
         if not isinstance(layer, NF4Linear):
             found = "no such layer" if layer is None else f"a {type(layer).__name__}"
+            remedy = "" if layer is None else " (quantize_model(model) comes first)"
             raise QloraError(
                 f"the adapter in {path} was made for another model: it adapts {name}, where this "
-                f"model has {found} (quantize_model(model) comes first)"
+                f"model has {found}{remedy}"
             )
         found_shape = (adapter.lora_b.shape[0], adapter.lora_a.shape[1])
         if found_shape != (layer.out_features, layer.in_features):
@@ -317,6 +344,7 @@ def _check_fit(
                 f"the adapter in {path} was made for another model: {name} is "
                 f"[{layer.out_features}, {layer.in_features}] here, {list(found_shape)} there"
             )
+    _check_same_adapter(path, lora_layers(model), adapters)
     missing: set[str] = set()
     selective = config.get("layers_to_transform") or config.get("exclude_modules")
     if config.get("target_modules") and not selective:

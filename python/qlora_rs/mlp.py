@@ -20,7 +20,8 @@ from torch.utils.dlpack import to_dlpack
 from qlora_rs import _rust, autograd, cpu, ops, shortcut
 from qlora_rs.errors import QloraError
 from qlora_rs.fusion import OwnForward
-from qlora_rs.layers import QLoRALinear
+from qlora_rs.layers import NF4Linear, QLoRALinear
+from qlora_rs.model import is_of_peft
 
 # The layers' names in transformers: gate, up, down.
 LAYERS = ("gate_proj", "up_proj", "down_proj")
@@ -56,7 +57,7 @@ def fuse_mlps(model: nn.Module) -> nn.Module:
         kinds = sorted({f"{type(m).__name__} ({r})" for m, r in zip(found, reasons, strict=True)})
         raise QloraError(
             f"{type(model).__name__} has no MLP to fuse: "
-            f"{', '.join(kinds) or 'no module has ' + ', '.join(LAYERS)}; leave fuse_mlps out"
+            f"{', '.join(kinds) or 'no module has ' + ', '.join(LAYERS)}; or leave fuse_mlps out"
         )
     for mlp, reason in zip(found, reasons, strict=True):
         if reason is None:
@@ -236,7 +237,11 @@ def _reason_against(mlp: Any) -> str | None:
     layers = {name: getattr(mlp, name) for name in LAYERS}
     for name, layer in layers.items():
         if type(layer) is not QLoRALinear:
-            return f"{name} is {type(layer).__name__} and not adapted by add_lora"
+            if is_of_peft(layer):
+                return f"{name} has peft's adapter, which it computes itself"
+            if isinstance(layer, NF4Linear):
+                return f"{name} has no adapter: call add_lora(model) first"
+            return f"{name} is {type(layer).__name__}: quantize_model and add_lora come first"
         if layer.bias is not None:
             return f"{name} has a bias"
         if not layer.weight.is_cpu:

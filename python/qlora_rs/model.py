@@ -7,6 +7,7 @@ packed copy of more than one layer exist beside each other.
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
 
@@ -169,12 +170,17 @@ def add_lora(
 
     r, alpha, dropout, use_rslora: see `QLoRALinear`. target_modules: see `select_targets`.
     dtype: of the adapter's matrices. Returns the model. Raises QloraError, and leaves the model as
-    it was, when targets match nothing or a layer has an adapter already.
+    it was, when targets match nothing or a layer has an adapter already, ours or peft's.
 
     >>> model = add_lora(quantize_model(nn.Sequential(nn.Linear(64, 64))), r=4, alpha=8)
     >>> trainable_parameters(model)
     (512, 4672)
     """
+    if is_of_peft(model):
+        raise QloraError(
+            "the model has an adapter of peft, which would be frozen; train that one, or take it "
+            "off with model = model.unload() first"
+        )
     targets = select_targets(model, target_modules)
     taken = [name for name in targets if isinstance(model.get_submodule(name), QLoRALinear)]
     if taken:
@@ -189,6 +195,14 @@ def add_lora(
     for name, layer in layers:
         replace_module(model, name, layer)
     return model
+
+
+def is_of_peft(model: nn.Module) -> bool:
+    """Whether peft has adapted a layer of the model."""
+    # Without importing peft, which those who have its layers have done.
+    tuners = sys.modules.get("peft.tuners.tuners_utils")
+    kind = getattr(tuners, "BaseTunerLayer", None)
+    return kind is not None and any(isinstance(module, kind) for module in model.modules())
 
 
 def lora_layers(model: nn.Module) -> dict[str, QLoRALinear]:
