@@ -311,7 +311,7 @@ def _check_same_adapter(
     if not held:
         return
     remedy = "call remove_lora(model) first, and build the optimizer afterwards"
-    for name, adapter in adapters.items():
+    for name, adapter in sorted(adapters.items()):
         rank = adapter.lora_a.shape[0]
         if name not in held:
             raise QloraError(
