@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -336,3 +337,32 @@ def test_an_adapter_learns_and_its_base_keeps_its_bytes() -> None:
         losses.append(loss.item())
     assert losses[-1] < losses[0] / 2
     assert all(torch.equal(model.get_submodule(n).weight, codes[n]) for n in QUANTIZED)
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        qlora_rs.quantize_model,
+        qlora_rs.add_lora,
+        qlora_rs.remove_lora,
+        qlora_rs.enable_adapter,
+        qlora_rs.disable_adapter,
+        qlora_rs.trainable_parameters,
+        qlora_rs.fuse_loss,
+        qlora_rs.unfuse_loss,
+        qlora_rs.fuse_norms,
+        qlora_rs.unfuse_norms,
+        qlora_rs.fuse_mlps,
+        qlora_rs.unfuse_mlps,
+        qlora_rs.widen_attention,
+        qlora_rs.unwiden_attention,
+        qlora_rs.merge_model,
+        qlora_rs.unmerge,
+        lambda model: qlora_rs.save_adapter(model, "nowhere"),
+        lambda model: qlora_rs.load_adapter(model, "nowhere"),
+    ],
+)
+def test_what_is_no_model_is_refused_by_name(call: Callable) -> None:
+    for given, named in ((None, "NoneType"), ("model", "str"), (nn.Linear, "the class Linear")):
+        with pytest.raises(QloraError, match=f"torch.nn.Module, got {named}; pass the model"):
+            call(given)

@@ -20,7 +20,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from qlora_rs.errors import QloraError
+from qlora_rs.errors import QloraError, check_model
 from qlora_rs.files import write_atomically, write_json
 from qlora_rs.layers import NF4Linear, QLoRALinear
 from qlora_rs.model import is_of_peft, lora_layers, replace_module, select_targets
@@ -45,6 +45,7 @@ def save_adapter(
     >>> sorted(file.name for file in save_adapter(model, tempfile.mkdtemp()).iterdir())
     ['adapter_config.json', 'adapter_model.safetensors']
     """
+    check_model(model)
     layers = lora_layers(model)
     if not layers:
         if is_of_peft(model):
@@ -125,6 +126,7 @@ def load_adapter(model: nn.Module, path: str | Path) -> nn.Module:
     adapter is of a kind this package does not compute (DoRA, biases, other peft methods), or when
     its layers, ranks or shapes do not fit the model.
     """
+    check_model(model)
     path = Path(path)
     config = _read_config(path)
     tensors, metadata = _read_weights(path)

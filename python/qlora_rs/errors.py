@@ -2,9 +2,19 @@
 
 from collections.abc import Callable
 
+from torch import nn
+
 from qlora_rs._rust import QloraError
 
-__all__ = ["QloraError", "refuse_together"]
+__all__ = ["QloraError", "check_model", "refuse_together"]
+
+
+def check_model(model: object) -> None:
+    """Refuse what is no torch module."""
+    if isinstance(model, nn.Module):
+        return
+    what = f"the class {model.__name__}" if isinstance(model, type) else type(model).__name__
+    raise QloraError(f"model must be a torch.nn.Module, got {what}; pass the model itself, first")
 
 
 def refuse_together(*checks: Callable[[], object]) -> None:

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from qlora_rs import _rust, cpu, ops
 from qlora_rs.deferred_logits import DeferredLogits
-from qlora_rs.errors import QloraError
+from qlora_rs.errors import QloraError, check_model
 from qlora_rs.layers import NF4Linear
 
 # The output layer of the fused model that this thread is inside of, if it was called with labels.
@@ -60,6 +60,7 @@ def fuse_loss(model: nn.Module) -> nn.Module:
     >>> bool(torch.isclose(outputs.loss, expected)), outputs.logits
     (True, None)
     """
+    check_model(model)
     base = _base_model(model)
     if isinstance(base.__dict__.get("forward"), _FusedForward):
         raise QloraError("the model has the fused loss already; unfuse_loss(model) removes it")
@@ -81,6 +82,7 @@ def fuse_loss(model: nn.Module) -> nn.Module:
 
 def unfuse_loss(model: nn.Module) -> nn.Module:
     """Undo `fuse_loss`, in place: calls with labels return logits again. Returns the model."""
+    check_model(model)
     base = _base_model(model)
     forward = base.__dict__.get("forward")
     if not isinstance(forward, _FusedForward):

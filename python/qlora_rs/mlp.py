@@ -18,7 +18,7 @@ from torch.nn.modules import module as torch_module
 from torch.utils.dlpack import to_dlpack
 
 from qlora_rs import _rust, autograd, cpu, ops, shortcut
-from qlora_rs.errors import QloraError
+from qlora_rs.errors import QloraError, check_model
 from qlora_rs.fusion import OwnForward
 from qlora_rs.layers import NF4Linear, QLoRALinear
 from qlora_rs.model import is_of_peft
@@ -49,6 +49,7 @@ def fuse_mlps(model: nn.Module) -> nn.Module:
     >>> bool(torch.isclose(fuse_mlps(model)(input_ids=ids, labels=ids).loss, expected))
     True
     """
+    check_model(model)
     found = [m for m in model.modules() if all(hasattr(m, name) for name in LAYERS)]
     if any(isinstance(m.__dict__.get("forward"), FusedMlp) for m in found):
         raise QloraError("the model has fused MLPs already; unfuse_mlps(model) removes them")
@@ -67,6 +68,7 @@ def fuse_mlps(model: nn.Module) -> nn.Module:
 
 def unfuse_mlps(model: nn.Module) -> nn.Module:
     """Undo `fuse_mlps`, in place. Returns the model; raises QloraError where nothing is fused."""
+    check_model(model)
     fused = [m for m in model.modules() if isinstance(m.__dict__.get("forward"), FusedMlp)]
     if not fused:
         raise QloraError(

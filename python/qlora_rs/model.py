@@ -14,7 +14,7 @@ from contextlib import AbstractContextManager
 import torch
 from torch import nn
 
-from qlora_rs.errors import QloraError
+from qlora_rs.errors import QloraError, check_model
 from qlora_rs.layers import NF4Linear, QLoRALinear
 from qlora_rs.ops import DEVICES, check_weight
 
@@ -45,6 +45,7 @@ def quantize_model(
     >>> type(model[0]).__name__
     'NF4Linear'
     """
+    check_model(model)
     skip = frozenset([skip] if isinstance(skip, str) else skip)
     names = {name for name, _ in model.named_modules()}
     ends = {name.rpartition(".")[2] for name in names}
@@ -176,6 +177,7 @@ def add_lora(
     >>> trainable_parameters(model)
     (512, 4672)
     """
+    check_model(model)
     if is_of_peft(model):
         raise QloraError(
             "the model has an adapter of peft, which would be frozen; train that one, or take it "
@@ -212,6 +214,7 @@ def lora_layers(model: nn.Module) -> dict[str, QLoRALinear]:
 
 def remove_lora(model: nn.Module) -> nn.Module:
     """Drop all adapters, in place; the packed base stays as it is."""
+    check_model(model)
     for name, layer in lora_layers(model).items():
         replace_module(model, name, layer.without_adapter().train(layer.training))
     return model
@@ -219,6 +222,7 @@ def remove_lora(model: nn.Module) -> nn.Module:
 
 def enable_adapter(model: nn.Module, enabled: bool = True) -> None:
     """Switch all adapters on (or off)."""
+    check_model(model)
     for layer in lora_layers(model).values():
         layer.adapter_enabled = enabled
 
@@ -251,11 +255,13 @@ def disable_adapter(model: nn.Module) -> AbstractContextManager[nn.Module]:
     >>> model[0].adapter_enabled
     True
     """
+    check_model(model)
     return _Disabled(model)
 
 
 def trainable_parameters(model: nn.Module) -> tuple[int, int]:
     """(trainable, all) parameters; a packed weight counts its weights, not its bytes."""
+    check_model(model)
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     packed = {
         id(p)

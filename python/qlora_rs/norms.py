@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils.dlpack import to_dlpack
 
 from qlora_rs import _rust, cpu, ops
-from qlora_rs.errors import QloraError
+from qlora_rs.errors import QloraError, check_model
 from qlora_rs.fusion import OwnForward
 
 # Rows of the rehearsal, of different sizes: epsilon matters in the smallest.
@@ -44,6 +44,7 @@ def fuse_norms(model: nn.Module) -> nn.Module:
     >>> bool(torch.allclose(fuse_norms(norm)(x), expected))
     True
     """
+    check_model(model)
     norms = [module for module in model.modules() if type(module).__name__.endswith("RMSNorm")]
     if any(isinstance(norm.__dict__.get("forward"), FusedNorm) for norm in norms):
         raise QloraError("the model has fused norms already; unfuse_norms(model) removes them")
@@ -63,6 +64,7 @@ def fuse_norms(model: nn.Module) -> nn.Module:
 
 def unfuse_norms(model: nn.Module) -> nn.Module:
     """Undo `fuse_norms`, in place. Returns the model."""
+    check_model(model)
     fused = [m for m in model.modules() if isinstance(m.__dict__.get("forward"), FusedNorm)]
     if not fused:
         raise QloraError(

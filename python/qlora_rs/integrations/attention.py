@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from qlora_rs import ops
-from qlora_rs.errors import QloraError
+from qlora_rs.errors import QloraError, check_model
 
 _NARROW = (torch.bfloat16, torch.float16)
 # A widened attention layer has this attribute.
@@ -53,6 +53,7 @@ def widen_attention(model: nn.Module) -> nn.Module:
     >>> bool(torch.isclose(loss, expected, rtol=1e-2))
     True
     """
+    check_model(model)
     base: Any = model
     if hasattr(base, "get_base_model"):
         base = base.get_base_model()
@@ -81,6 +82,7 @@ def widen_attention(model: nn.Module) -> nn.Module:
 
 def unwiden_attention(model: nn.Module) -> nn.Module:
     """Undo `widen_attention`, in place. Returns the model; raises QloraError where it was not."""
+    check_model(model)
     widened = [m for m in model.modules() if _MARK in m.__dict__]
     if not widened:
         raise QloraError(f"{type(model).__name__} has no widened attention to undo")

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qlora_rs.errors import QloraError
+from qlora_rs.errors import QloraError, check_model
 from qlora_rs.layers import NF4Linear
 from qlora_rs.merging import distill as distillation
 from qlora_rs.merging import importance, solve
@@ -70,6 +70,7 @@ def merge_model(
     Raises QloraError, and leaves the model as it was, when anything does not fit or is above the
     limit. Returns the report; warns where an update is as good as lost.
     """
+    check_model(model)
     if method not in solve.METHODS:
         raise QloraError(f"method must be one of {', '.join(solve.METHODS)}, got {method!r}")
     layers = find_adapted(model)
@@ -101,6 +102,7 @@ def unmerge(model: nn.Module) -> nn.Module:
 
     Raises QloraError when the model was not merged, or merged with `reversible=False`.
     """
+    check_model(model)
     undo = model.__dict__.pop(_UNDO, None)
     if not undo:
         raise QloraError(
