@@ -6,8 +6,8 @@
 //                UNROLL steps are loaded together, the rest of a row step by step
 //   the end    : lane r adds the adapter's share of rank r, r + 32, ...; lanes are summed in one order;
 //                bias is added and y rounded, once
-//   bound      : instructions, about 6 per weight for one row of x (bytes, 0.516 per weight, allow twice
-//                the speed); for 8 rows the multiply-adds
+//   bound      : instructions, about 6 per weight for one row of x (bytes, 0.516 per weight, would allow
+//                more than twice the speed); for 8 rows the multiply-adds
 //
 // The 16 levels lie in 16 banks of shared memory, so any of them can be read at once; lanes of one block
 // of W read the same entry of the map. A warp's last step may reach beyond W's columns: those lanes

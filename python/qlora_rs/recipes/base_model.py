@@ -230,7 +230,7 @@ def quiet_libraries() -> Iterator[None]:
     """Hold back progress bars and information lines of transformers and datasets, then restore.
 
     Our own progress line would be torn apart by them. Warnings and errors still show. datasets is
-    not imported for it: that takes 100 MB.
+    not imported for it: those who only load a model would pay for it in memory.
     """
     from transformers.utils import logging as library_logging
 
