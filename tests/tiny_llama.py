@@ -51,6 +51,14 @@ def randomize(model: nn.Module) -> nn.Module:
     return model.eval()
 
 
+def loss_and_gradients(model: nn.Module, ids: Tensor) -> tuple[Tensor, list[Tensor]]:
+    """Of a training step on ids."""
+    model.zero_grad()
+    loss = model(input_ids=ids, labels=ids).loss
+    loss.backward()
+    return loss.detach(), [p.grad for p in model.parameters() if p.grad is not None]
+
+
 @torch.no_grad()
 def logits(model: nn.Module) -> Tensor:
     return model(IDS).logits

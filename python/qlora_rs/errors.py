@@ -14,7 +14,7 @@ def check_model(model: object) -> None:
     if isinstance(model, nn.Module):
         return
     what = f"the class {model.__name__}" if isinstance(model, type) else type(model).__name__
-    raise QloraError(f"model must be a torch.nn.Module, got {what}; pass the model itself, first")
+    raise QloraError(f"model must be a torch.nn.Module, got {what}; pass the model itself")
 
 
 def refuse_together(*checks: Callable[[], object]) -> None:

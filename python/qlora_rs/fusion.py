@@ -117,6 +117,18 @@ class OwnForward:
             self.module.__dict__["forward"] = self.replaced
 
 
+def remove_forwards(model: nn.Module, kind: type[OwnForward], what: str) -> None:
+    """Take away every forward of a kind; raise QloraError, naming `what`, where there is none."""
+    found = [m for m in model.modules() if isinstance(m.__dict__.get("forward"), kind)]
+    if not found:
+        raise QloraError(
+            f"{type(model).__name__} has no fused {what}, or their forward was replaced since (as "
+            "accelerate's hooks do); undo that first"
+        )
+    for module in found:
+        module.__dict__["forward"].remove()
+
+
 class _DeferringForward(OwnForward):
     """Of an output layer."""
 

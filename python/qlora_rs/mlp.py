@@ -19,7 +19,7 @@ from torch.utils.dlpack import to_dlpack
 
 from qlora_rs import _rust, autograd, cpu, ops, shortcut
 from qlora_rs.errors import QloraError, check_model
-from qlora_rs.fusion import OwnForward
+from qlora_rs.fusion import OwnForward, remove_forwards
 from qlora_rs.layers import NF4Linear, QLoRALinear
 from qlora_rs.model import is_of_peft
 
@@ -69,14 +69,7 @@ def fuse_mlps(model: nn.Module) -> nn.Module:
 def unfuse_mlps(model: nn.Module) -> nn.Module:
     """Undo `fuse_mlps`, in place. Returns the model; raises QloraError where nothing is fused."""
     check_model(model)
-    fused = [m for m in model.modules() if isinstance(m.__dict__.get("forward"), FusedMlp)]
-    if not fused:
-        raise QloraError(
-            f"{type(model).__name__} has no fused MLPs, or their forward was replaced since (as "
-            "accelerate's hooks do); undo that first"
-        )
-    for mlp in fused:
-        mlp.__dict__["forward"].remove()
+    remove_forwards(model, FusedMlp, "MLPs")
     return model
 
 
@@ -217,9 +210,8 @@ def _written_out(
         x, *factors = operands
 
         def product(x: Tensor, i: int) -> Tensor:
-            packed, size, block_size, scaling, _ = weights[i]
-            adapter = (*factors[2 * i : 2 * i + 2], scaling)
-            return autograd.lora_linear(x, *packed, *size, block_size, *adapter, None)
+            adapter = (*factors[2 * i : 2 * i + 2], weights[i].scaling)
+            return autograd.lora_linear(x, *weights[i].arguments(), *adapter, None)
 
         y = product(nn.functional.silu(product(x, 0)) * product(x, 1), 2)
     wanted = [tensor for tensor in operands if tensor.requires_grad]

@@ -19,7 +19,7 @@ from torch.utils.dlpack import to_dlpack
 
 from qlora_rs import _rust, cpu, ops
 from qlora_rs.errors import QloraError, check_model
-from qlora_rs.fusion import OwnForward
+from qlora_rs.fusion import OwnForward, remove_forwards
 
 # Rows of the rehearsal, of different sizes: epsilon matters in the smallest.
 _REHEARSED_SIZES = (1.0, 1e-3, 30.0)
@@ -65,14 +65,7 @@ def fuse_norms(model: nn.Module) -> nn.Module:
 def unfuse_norms(model: nn.Module) -> nn.Module:
     """Undo `fuse_norms`, in place. Returns the model."""
     check_model(model)
-    fused = [m for m in model.modules() if isinstance(m.__dict__.get("forward"), FusedNorm)]
-    if not fused:
-        raise QloraError(
-            f"{type(model).__name__} has no fused norms, or their forward was replaced since (as "
-            "accelerate's hooks do); undo that first"
-        )
-    for norm in fused:
-        norm.__dict__["forward"].remove()
+    remove_forwards(model, FusedNorm, "norms")
     return model
 
 

@@ -144,6 +144,10 @@ class Weight(NamedTuple):
     scaling: float
     versions: list[int]
 
+    def arguments(self) -> tuple:
+        """As operators take a packed weight."""
+        return (*self.packed, *self.size, self.block_size)
+
     def check_unchanged(self) -> None:
         """Refuse gradients of a weight that is not the one of the forward pass."""
         if _versions(self.packed) != self.versions:
@@ -225,8 +229,7 @@ class _Step(torch.autograd.Function):
         if needs_x and is_plain(grad, x):
             grad_x, *grads = backward(grad, x, hidden, weight, lora_a, lora_b)
             return grad_x, None, *grads
-        packed, size, block_size, scaling, _ = weight
-        arguments = (*packed, *size, block_size, lora_a, lora_b, scaling, needs_x)
+        arguments = (*weight.arguments(), lora_a, lora_b, weight.scaling, needs_x)
         kernel = autograd._kernel("lora_linear_backward", grad)
         grad_x, grad_a, grad_b = kernel(grad, x, hidden, *arguments)
         return grad_x if needs_x else None, None, grad_a, grad_b
