@@ -20,7 +20,6 @@ from trl import SFTTrainer
 
 import qlora_rs
 from qlora_rs import QloraError
-from qlora_rs.recipes import trainer as trainer_module
 from qlora_rs.recipes.encode import IGNORED
 from qlora_rs.recipes.finetune import finetune
 from qlora_rs.recipes.generate import load_for_generation
@@ -28,6 +27,7 @@ from qlora_rs.recipes.progress import Progress
 from qlora_rs.recipes.report import draw_loss_curve
 from qlora_rs.recipes.run_callback import read_log
 from qlora_rs.recipes.settings import FinetuneSettings
+from qlora_rs.recipes.speed_ups import speed_up
 from qlora_rs.recipes.trainer import AnswerTrainer, training_arguments
 
 QUIET = Progress(quiet=True)
@@ -50,6 +50,7 @@ def answer_trainer(tmp_path: Path, dataset: Dataset, model: Any = None, **option
     settings = FinetuneSettings("m", "d", "o", max_length=64, dtype="float32", **options)
     if model is None:
         model = qlora_rs.add_lora(qlora_rs.quantize_model(tiny_model()), r=4, alpha=8)
+        speed_up(model)
         for name, parameter in model.named_parameters():
             if "lora_B" in name:  # zero at first, which would hide mistakes in A's gradient
                 torch.nn.init.normal_(parameter, std=0.02)
@@ -60,6 +61,7 @@ def answer_trainer(tmp_path: Path, dataset: Dataset, model: Any = None, **option
         eval_dataset=dataset,
         processing_class=tiny_tokenizer(),
         base_name="tiny",
+        has_fused_loss=True,
         keep_checkpoints=False,
     )
 
@@ -92,8 +94,9 @@ def test_loss_and_gradients_equal_those_of_trl(
         torch.testing.assert_close(mine, other, rtol=1e-4, atol=1e-6)
 
 
-def test_large_logits_go_to_trls_chunked_head(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("reason", ["not fused", "takes no num_items_in_batch"])
+def test_a_loss_that_is_not_ours_goes_to_trl(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, reason: str
 ) -> None:
     trainer = answer_trainer(tmp_path, rows([9, 14]))
     batch = next(iter(trainer.get_train_dataloader()))
@@ -103,7 +106,9 @@ def test_large_logits_go_to_trls_chunked_head(
     monkeypatch.setattr(
         SFTTrainer, "compute_loss", lambda *a, **k: called.append(1) or original(*a, **k)
     )
-    monkeypatch.setattr(trainer_module, "LOGITS_BYTES", 1)
+    assert not called
+    trainer.has_fused_loss = reason != "not fused"
+    trainer.model_accepts_loss_kwargs = reason != "takes no num_items_in_batch"
     actual, _ = loss_and_gradients(trainer, trainer.compute_loss, batch)
     assert called
     assert actual == pytest.approx(expected, rel=1e-5)

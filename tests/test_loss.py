@@ -226,7 +226,7 @@ def test_the_bytes_do_not_depend_on_threads(
 ) -> None:
     # On every CPU and for every type by our own product, also where torch's would be chosen: torch
     # sums in an order that depends on threads.
-    monkeypatch.setattr(loss, "_is_faster_in_float32", lambda *_: True)
+    monkeypatch.setattr(cpu, "is_faster_in_float32", lambda dtype: True)
     hidden, weight = (torch.randn(n, 64).to(dtype) for n in (37, 3000))
     weight, targets = weight if dense else qlora_rs.quantize(weight), torch.randint(3000, (37,))
     hidden.requires_grad_()

@@ -41,6 +41,11 @@ class Packed(NamedTuple):
         return tuple(None if t is None else to_dlpack(t) for t in self[:5])
 
 
+def is_faster_in_float32(dtype: torch.dtype) -> bool:
+    """Whether products of this half type are slower here than float32's of the same values."""
+    return dtype in (torch.bfloat16, torch.float16) and _rust.cpu_path() in ("avx2", "avx512")
+
+
 def quantize(weight: Tensor, block_size: int, double_quant: bool) -> tuple[Tensor, ...]:
     """codes, absmax, nested_absmax, nested_offset; the last two are empty without double_quant."""
     blocks = -(-weight.numel() // block_size)

@@ -19,7 +19,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from qlora_rs import _rust, cpu
+from qlora_rs import cpu
 from qlora_rs.cpu import Packed
 from qlora_rs.errors import QloraError
 from qlora_rs.ops import check_activations
@@ -175,7 +175,7 @@ def _write_logits(hidden: Tensor, weight: Weight, bias: Tensor | None, logits: T
     if isinstance(weight, PackedWeight):
         bias = None if bias is None else bias.detach()
         cpu.linear(hidden, Packed(*weight.arguments()), bias, out=logits)
-    elif _is_faster_in_float32(hidden, weight):
+    elif weight.is_contiguous() and cpu.is_faster_in_float32(hidden.dtype):
         bias = None if bias is None else cpu.plain(bias)
         cpu.multiply_dense(False, hidden, cpu.plain(weight), bias, out=logits)
     elif bias is None:
@@ -187,19 +187,10 @@ def _write_logits(hidden: Tensor, weight: Weight, bias: Tensor | None, logits: T
 def _write_grad_hidden(grad: Tensor, weight: Weight, grad_hidden: Tensor) -> None:
     if isinstance(weight, PackedWeight):
         cpu.linear_backward(grad, Packed(*weight.arguments()), out=grad_hidden)
-    elif _is_faster_in_float32(grad, weight):
+    elif weight.is_contiguous() and cpu.is_faster_in_float32(grad.dtype):
         cpu.multiply_dense(True, grad, cpu.plain(weight), out=grad_hidden)
     else:
         torch.mm(grad, weight, out=grad_hidden)
-
-
-def _is_faster_in_float32(activations: Tensor, weight: Tensor) -> bool:
-    """Whether the CPU multiplies float32 faster than this half type, as ours then does."""
-    return (
-        activations.dtype in (torch.bfloat16, torch.float16)
-        and weight.is_contiguous()
-        and _rust.cpu_path() in ("avx2", "avx512")
-    )
 
 
 def _check_operands(hidden: Tensor, weight: Weight, bias: Tensor | None) -> None:

@@ -1,6 +1,7 @@
 """Fine-tune a 4-bit model with LoRA on a JSONL file: the whole run, in order.
 
-    check paths and data -> load -> quantize to NF4 -> attach LoRA -> train (trl) -> save adapter
+    check paths and data -> load -> quantize to NF4 -> attach LoRA -> speed up -> train (trl)
+    -> save adapter
 
 Nothing is written before paths, data and model were found good. A run that stops (Ctrl-C,
 SIGTERM, power cut) continues with ``resume=True`` from its newest whole checkpoint, bit for bit as
@@ -24,6 +25,7 @@ from qlora_rs.recipes.encode import EncodedData, encode_examples
 from qlora_rs.recipes.progress import Progress, StopRequest, stop_on_signals
 from qlora_rs.recipes.run_identity import check_same_run, run_record
 from qlora_rs.recipes.settings import FinetuneSettings
+from qlora_rs.recipes.speed_ups import speed_up
 
 
 @dataclass(frozen=True)
@@ -140,6 +142,7 @@ class _Run:
         self.encoded, self.held_out = encoded, held_out
         self.float_bytes, self.progress = float_bytes, progress
         self.checkpoints = output / folder.CHECKPOINT_FOLDER
+        self.speed_ups = speed_up(base.model)
 
     def carry_out(
         self, resume: bool, on_ready: Callable[[Any, Any], None] | None
@@ -202,6 +205,7 @@ class _Run:
             processing_class=self.base.tokenizer,
             callbacks=[callback],
             base_name=self.settings.model,
+            has_fused_loss="fuse_loss" in self.speed_ups,
             keep_checkpoints=self.settings.keep_checkpoints,
         )
 
@@ -261,6 +265,7 @@ class _Run:
             "parameters": parameters - trainable,
             "trainable_parameters": trainable,
             "dtype": self.settings.dtype,
+            "speed_ups": list(self.speed_ups),
             "float_bytes": self.float_bytes,
             "quantized_bytes": quantized,
             "examples": len(self.encoded.examples),

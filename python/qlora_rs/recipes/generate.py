@@ -20,6 +20,7 @@ from qlora_rs.recipes.base_model import BaseModel, check_model_path, load_base_m
 from qlora_rs.recipes.data import check_data_path
 from qlora_rs.recipes.progress import Progress
 from qlora_rs.recipes.quantized_folder import is_quantized_folder, load_quantized_folder
+from qlora_rs.recipes.speed_ups import speed_up
 
 Chat = list[dict[str, str]]
 
@@ -52,7 +53,7 @@ def load_for_generation(
     dtype: str = "bfloat16",
     progress: Progress | None = None,
 ) -> BaseModel:
-    """Load a base model, quantize it to NF4 (unless it is so already) and attach an adapter.
+    """Load a base model, quantize it to NF4 (unless it is so already), attach an adapter, speed up.
 
     adapter: directory in peft's layout; None for the base alone. Raises QloraError if either does
     not load or they do not belong together.
@@ -67,6 +68,7 @@ def load_for_generation(
         qlora_rs.quantize_model(base.model, skip=("lm_head",))
     if adapter is not None:
         qlora_rs.load_adapter(base.model, adapter)
+    speed_up(base.model)
     base.model.eval()
     return base
 

@@ -4,7 +4,8 @@
 
 Memory does not depend on the weights' values, so the model is built from its configuration with
 random ones. Both sides take the same steps: the same tokens, LoRA r=16 on all linear layers but
-the LM head (ours on NF4; peft's on the float model), AdamW. What is measured, in this order:
+the LM head (ours on NF4, sped up as ``finetune`` does it; peft's on the float model), AdamW. What
+is measured, in this order:
 
     weight_bytes   parameters and buffers of the base, counted exactly
     model_bytes    resident memory that building the model added to the process
@@ -67,7 +68,7 @@ def measure(directory: Path, method: str, tokens: int, dtype: str) -> dict[str, 
     built = resident()
     if not forget_peak():
         raise QloraError("the peak memory cannot be reset here (/proc/self/clear_refs)")
-    _train(model, tokens, config.vocab_size)
+    _train(model, method, tokens, config.vocab_size)
     most = peak()
     known = before is not None and built is not None and most is not None
     return {
@@ -82,10 +83,12 @@ def _prepare(model: Any, method: str, count: Any) -> tuple[Any, int]:
     """Attach LoRA in the way of ``method``; return the model and the bytes of its base."""
     if method == "nf4":
         import qlora_rs
+        from qlora_rs.recipes.speed_ups import speed_up
 
         qlora_rs.quantize_model(model, skip=("lm_head",))
         base_bytes = count(model)
-        return qlora_rs.add_lora(model, r=16, alpha=32), base_bytes
+        speed_up(qlora_rs.add_lora(model, r=16, alpha=32))
+        return model, base_bytes
     import peft
 
     base_bytes = count(model)
@@ -93,18 +96,23 @@ def _prepare(model: Any, method: str, count: Any) -> tuple[Any, int]:
     return peft.get_peft_model(model, adapter), base_bytes
 
 
-def _train(model: Any, tokens: int, vocabulary: int) -> None:
+def _train(model: Any, method: str, tokens: int, vocabulary: int) -> None:
     import torch
 
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(vocabulary, (1, tokens), generator=generator)
     answers = torch.arange(0, tokens - 1, 4)  # a quarter of the positions, as in answer-only loss
+    labels = torch.full_like(ids, -100)
+    labels[0, answers + 1] = ids[0, answers + 1]
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=2e-4)
     model.train()
     for _ in range(2):  # the optimizer's moments exist from the second step on
-        logits = model(input_ids=ids, use_cache=False, logits_to_keep=answers).logits
-        loss = torch.nn.functional.cross_entropy(logits[0].float(), ids[0, answers + 1])
+        if method == "nf4":  # as finetune asks for it
+            loss = model(input_ids=ids, use_cache=False, labels=labels).loss
+        else:
+            logits = model(input_ids=ids, use_cache=False, logits_to_keep=answers).logits
+            loss = torch.nn.functional.cross_entropy(logits[0].float(), labels[0, answers + 1])
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()

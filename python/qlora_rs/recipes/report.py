@@ -86,6 +86,7 @@ def finetune_table(summary: dict[str, Any]) -> str:
             f"{summary['answer_tokens']:,} of them answers",
         ),
         ("trained", f"{summary['steps']:,} steps, {summary['tokens']:,} tokens"),
+        ("speed-ups", ", ".join(summary["speed_ups"]) or "none fits this model"),
         ("loss", loss),
     ]
     if summary.get("held_out_loss") is not None:

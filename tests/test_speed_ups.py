@@ -1,0 +1,85 @@
+"""The commands take every speed-up that fits a model, and models that none fits as they are."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_models import (
+    one_thread,  # noqa: F401
+    tiny_model,
+    tiny_tokenizer,
+    write_sums,
+)
+from transformers import Gemma2Config, Gemma2ForCausalLM
+
+import qlora_rs
+from qlora_rs import cpu
+from qlora_rs.recipes.finetune import finetune
+from qlora_rs.recipes.generate import generate_answers, load_for_generation
+from qlora_rs.recipes.progress import Progress
+from qlora_rs.recipes.settings import FinetuneSettings
+from qlora_rs.recipes.speed_ups import speed_up
+
+FUSED = ("fuse_loss", "fuse_norms", "fuse_mlps")
+
+
+def gemma() -> Gemma2ForCausalLM:
+    """Soft-capped logits, norms of another formula, GELU: nothing of it can be fused."""
+    torch.manual_seed(0)
+    config = Gemma2Config(
+        vocab_size=len(tiny_tokenizer()), hidden_size=64, intermediate_size=128,
+        num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=16,
+    )  # fmt: skip
+    return Gemma2ForCausalLM(config)
+
+
+def adapted(model: torch.nn.Module) -> torch.nn.Module:
+    return qlora_rs.add_lora(qlora_rs.quantize_model(model), r=4)
+
+
+@pytest.mark.parametrize("wide", [True, False])
+def test_everything_that_fits_is_taken(monkeypatch: pytest.MonkeyPatch, wide: bool) -> None:
+    monkeypatch.setattr(cpu, "is_faster_in_float32", lambda dtype: wide)
+    assert speed_up(adapted(tiny_model())) == ((*FUSED, "widen_attention") if wide else FUSED)
+
+
+def test_the_cpu_decides_whether_attention_is_widened() -> None:
+    slow = qlora_rs._rust.cpu_path() in ("avx2", "avx512")
+    assert cpu.is_faster_in_float32(torch.bfloat16) == cpu.is_faster_in_float32(torch.float16)
+    assert cpu.is_faster_in_float32(torch.bfloat16) == slow
+    assert not cpu.is_faster_in_float32(torch.float32)
+
+
+def test_without_an_adapter_there_is_no_mlp_to_fuse() -> None:
+    assert speed_up(qlora_rs.quantize_model(tiny_model())) == FUSED[:2]
+
+
+def test_a_model_that_nothing_fits_is_left_as_it_was() -> None:
+    model = adapted(gemma())
+    assert speed_up(model) == ()
+    assert not any("forward" in module.__dict__ for module in model.modules())
+
+
+@pytest.mark.parametrize("kind", ["llama", "gemma"])
+def test_both_kinds_are_trained_and_answer_the_same_after_a_reload(
+    tmp_path: Path, kind: str
+) -> None:
+    model = tiny_model() if kind == "llama" else gemma()
+    model.save_pretrained(tmp_path / "model")
+    tiny_tokenizer().save_pretrained(tmp_path / "model")
+    data = write_sums(tmp_path / "sums.jsonl", 12)
+    settings = FinetuneSettings(
+        str(tmp_path / "model"), str(data), str(tmp_path / "out"), r=8, learning_rate=1e-2,
+        epochs=10, gradient_accumulation=1, max_length=96, dtype="float32",
+    )  # fmt: skip
+    result = finetune(settings, progress=Progress(quiet=True))
+    assert result.summary["speed_ups"] == (list(FUSED) if kind == "llama" else [])
+    assert result.summary["last_loss"] < 0.9 * result.summary["first_loss"]
+    fresh = load_for_generation(tmp_path / "model", tmp_path / "out" / "adapter", "float32")
+    prompts = ["1 + 1", "2 + 5"]
+    answers = [
+        generate_answers(m, result.tokenizer, prompts, 8) for m in (result.model, fresh.model)
+    ]
+    assert answers[0] == answers[1]
