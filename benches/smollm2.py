@@ -4,11 +4,10 @@
 
 Each side runs in processes of its own (so that peak memory is its own, libraries included), in
 turn, the same loop on the same tokens: forward, the loss, backward, torch's AdamW on the adapter,
-bf16, r=16 on all linear layers, from the same 4-bit folder. Ours calls `fuse_loss`, `fuse_norms`,
-`fuse_mlps` and `widen_attention`, as the README advises. Before timing, the first losses of both
-sides must agree: the same base and adapters that start at zero. A third side, `rest`, is ours with
-layers that take no time, called one by one (`smollm2_sides.py`): the ratio that it reaches is the
-bound for whoever replaces these layers alone.
+bf16, r=16 on all linear layers, from the same 4-bit folder. Ours calls `speed_up`, as the README
+advises. Before timing, the first losses of both sides must agree: the same base and adapters that
+start at zero. A third side, `rest`, is ours with layers that take no time, called one by one
+(`smollm2_sides.py`): the ratio that it reaches bounds whoever replaces these layers alone.
 """
 
 from __future__ import annotations

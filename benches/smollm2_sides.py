@@ -40,8 +40,7 @@ def build(side: str, folder: Path) -> nn.Module:
 
     model = load_quantized_folder(folder, "bfloat16", with_tokenizer=False).model
     model = qlora_rs.add_lora(model, r=R, alpha=ALPHA)
-    model = qlora_rs.fuse_mlps(qlora_rs.fuse_norms(qlora_rs.fuse_loss(model)))
-    model = qlora_rs.widen_attention(model)
+    qlora_rs.speed_up(model)
     if side == "rest":
         for name, layer in lora_layers(model).items():
             replace_module(model, name, FreeLayer(layer))

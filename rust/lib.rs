@@ -22,6 +22,7 @@ pub mod packed_matrix;
 pub mod parallel;
 pub mod quantize;
 pub mod rms_norm;
+pub mod rotary;
 pub mod simd;
 
 #[cfg(feature = "python")]

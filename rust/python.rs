@@ -7,6 +7,7 @@ mod functions;
 mod gated;
 mod merging;
 mod norms;
+mod rotary;
 
 use pyo3::prelude::*;
 
@@ -26,6 +27,8 @@ mod extension {
     use super::merging::{merge_calibrate, merge_curvature, merge_factor_length, merge_moment};
     #[pymodule_export]
     use super::norms::rms_norm;
+    #[pymodule_export]
+    use super::rotary::rotate;
 
     use super::{Bound, PyModule, PyModuleMethods, PyResult, exceptions};
 

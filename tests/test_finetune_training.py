@@ -27,7 +27,6 @@ from qlora_rs.recipes.progress import Progress
 from qlora_rs.recipes.report import draw_loss_curve
 from qlora_rs.recipes.run_callback import read_log
 from qlora_rs.recipes.settings import FinetuneSettings
-from qlora_rs.recipes.speed_ups import speed_up
 from qlora_rs.recipes.trainer import AnswerTrainer, training_arguments
 
 QUIET = Progress(quiet=True)
@@ -50,7 +49,7 @@ def answer_trainer(tmp_path: Path, dataset: Dataset, model: Any = None, **option
     settings = FinetuneSettings("m", "d", "o", max_length=64, dtype="float32", **options)
     if model is None:
         model = qlora_rs.add_lora(qlora_rs.quantize_model(tiny_model()), r=4, alpha=8)
-        speed_up(model)
+        qlora_rs.speed_up(model)
         for name, parameter in model.named_parameters():
             if "lora_B" in name:  # zero at first, which would hide mistakes in A's gradient
                 torch.nn.init.normal_(parameter, std=0.02)

@@ -15,18 +15,17 @@ from tiny_models import (
 from transformers import Gemma2Config, Gemma2ForCausalLM
 
 import qlora_rs
-from qlora_rs import cpu
+from qlora_rs import QloraError, cpu, speed_up
 from qlora_rs.recipes.finetune import finetune
 from qlora_rs.recipes.generate import generate_answers, load_for_generation
 from qlora_rs.recipes.progress import Progress
 from qlora_rs.recipes.settings import FinetuneSettings
-from qlora_rs.recipes.speed_ups import speed_up
 
-FUSED = ("fuse_loss", "fuse_norms", "fuse_mlps")
+FUSED = ("fuse_loss", "fuse_norms", "fuse_mlps", "fuse_attention")
 
 
 def gemma() -> Gemma2ForCausalLM:
-    """Soft-capped logits, norms of another formula, GELU: nothing of it can be fused."""
+    """Soft-capped logits, norms of another formula, GELU: only its attention can be fused."""
     torch.manual_seed(0)
     config = Gemma2Config(
         vocab_size=len(tiny_tokenizer()), hidden_size=64, intermediate_size=128,
@@ -53,13 +52,22 @@ def test_the_cpu_decides_whether_attention_is_widened() -> None:
 
 
 def test_without_an_adapter_there_is_no_mlp_to_fuse() -> None:
-    assert speed_up(qlora_rs.quantize_model(tiny_model())) == FUSED[:2]
+    taken = speed_up(qlora_rs.quantize_model(tiny_model()))
+    assert taken == ("fuse_loss", "fuse_norms", "fuse_attention")
+
+
+def test_what_was_taken_before_is_not_named_again() -> None:
+    model = qlora_rs.fuse_norms(adapted(tiny_model()))
+    assert speed_up(model) == ("fuse_loss", "fuse_mlps", "fuse_attention")
+    assert speed_up(model) == ()
 
 
 def test_a_model_that_nothing_fits_is_left_as_it_was() -> None:
-    model = adapted(gemma())
+    model = torch.nn.Sequential(torch.nn.Linear(8, 8))
     assert speed_up(model) == ()
     assert not any("forward" in module.__dict__ for module in model.modules())
+    with pytest.raises(QloraError, match="got NoneType; pass the model itself"):
+        speed_up(None)
 
 
 @pytest.mark.parametrize("kind", ["llama", "gemma"])
@@ -75,7 +83,7 @@ def test_both_kinds_are_trained_and_answer_the_same_after_a_reload(
         epochs=10, gradient_accumulation=1, max_length=96, dtype="float32",
     )  # fmt: skip
     result = finetune(settings, progress=Progress(quiet=True))
-    assert result.summary["speed_ups"] == (list(FUSED) if kind == "llama" else [])
+    assert result.summary["speed_ups"] == list(FUSED if kind == "llama" else FUSED[3:])
     assert result.summary["last_loss"] < 0.9 * result.summary["first_loss"]
     fresh = load_for_generation(tmp_path / "model", tmp_path / "out" / "adapter", "float32")
     prompts = ["1 + 1", "2 + 5"]

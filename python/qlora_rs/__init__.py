@@ -9,6 +9,7 @@ qlora_rs.save_adapter(model, "adapter")       # peft loads it
 
 from qlora_rs._rust import __version__
 from qlora_rs.adapter_io import load_adapter, save_adapter
+from qlora_rs.attention import fuse_attention, unfuse_attention
 from qlora_rs.errors import QloraError
 from qlora_rs.functional import linear, lora_linear
 from qlora_rs.fusion import fuse_loss, unfuse_loss
@@ -29,6 +30,7 @@ from qlora_rs.model import (
 )
 from qlora_rs.norms import fuse_norms, unfuse_norms
 from qlora_rs.quantize import PackedWeight, quantize
+from qlora_rs.speed_ups import speed_up
 
 __all__ = [
     "MergeReport",
@@ -41,6 +43,7 @@ __all__ = [
     "add_lora",
     "disable_adapter",
     "enable_adapter",
+    "fuse_attention",
     "fuse_loss",
     "fuse_mlps",
     "fuse_norms",
@@ -54,7 +57,9 @@ __all__ = [
     "quantize_model",
     "remove_lora",
     "save_adapter",
+    "speed_up",
     "trainable_parameters",
+    "unfuse_attention",
     "unfuse_loss",
     "unfuse_mlps",
     "unfuse_norms",

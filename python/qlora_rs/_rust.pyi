@@ -30,6 +30,7 @@ __all__ = [
     "quantize",
     "refuse_non_finite",
     "rms_norm",
+    "rotate",
 ]
 
 FEW_DENSE_TOKENS: int
@@ -116,6 +117,14 @@ def gated_gradients(
     grad: _Capsule,
     grad_gate: _Capsule,
     grad_up: _Capsule,
+    threads: int,
+) -> None: ...
+def rotate(
+    backward: bool,
+    cosine: _Capsule,
+    sine: _Capsule,
+    dimensions: int,
+    parts: list[tuple[_Capsule, int, _Capsule]],
     threads: int,
 ) -> None: ...
 def cross_entropy(

@@ -10,6 +10,7 @@ usual way, which knows what to do or whom to refuse.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -84,7 +85,7 @@ def product(layer: NF4Linear, x: Tensor, scaling: float | None) -> Tensor | None
                 adapter = (to_dlpack(lora_a), to_dlpack(lora_b), rank, scaling, None)
             if bias is not None and (bias.shape != (size[0],) or bias.is_neg()):
                 return None
-            y = _empty((*shape[:-1], size[0]), dtype=dtype)
+            y = _empty(*shape[:-1], size[0], dtype=dtype)
             _rust.multiply(
                 False,
                 to_dlpack(x),
@@ -103,6 +104,40 @@ def product(layer: NF4Linear, x: Tensor, scaling: float | None) -> Tensor | None
         return None
     try:
         return _Step.apply(x, *step)
+    except Elsewhere:
+        return None
+
+
+def products(layers: Sequence[NF4Linear], x: Tensor) -> Sequence[Tensor] | None:
+    """`product`, with adapters and gradients, of layers that take the same x, in one step.
+
+    None where this way does not lead there, or there is nothing to be differentiated: graph nodes
+    are what it saves. Dropout is the caller's to exclude.
+    """
+    if (
+        not _grad_enabled()
+        or not ops.runs_directly(x)
+        or not x.is_cpu
+        or not x.is_contiguous()
+        or _autocast_enabled("cpu")
+    ):
+        return None
+    for layer in layers:
+        if (
+            not getattr(layer, "adapter_enabled", False)
+            or layer.bias is not None
+            or layer.compute_dtype not in (None, x.dtype)
+            or layer.in_features == 0
+            or x.shape[-1:] != (layer.in_features,)
+        ):
+            return None
+    try:
+        steps = [operand for layer in layers for operand in operands(layer)]
+    # Raised before anything is computed.
+    except NOT_THIS_WAY:
+        return None
+    try:
+        return _Steps.apply(x, *steps)
     except Elsewhere:
         return None
 
@@ -190,8 +225,8 @@ def _multiply(
 ) -> tuple[Tensor, Tensor]:
     (features, columns), dtype = weight.size, x.dtype
     rows, rank = math.prod(x.shape[:-1]), lora_a.size(0)
-    out = _empty((*x.shape[:-1], columns if transposed else features), dtype=dtype)
-    hidden = _empty((rows, rank), dtype=dtype)
+    out = _empty(*x.shape[:-1], columns if transposed else features, dtype=dtype)
+    hidden = _empty(rows, rank, dtype=dtype)
     _rust.multiply(
         transposed,
         to_dlpack(x),
@@ -223,16 +258,60 @@ class _Step(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple:
-        x, hidden, lora_a, lora_b = ctx.saved_tensors
-        weight, needs_x = ctx.weight, ctx.needs_input_grad[0]
-        weight.check_unchanged()
-        if needs_x and is_plain(grad, x):
-            grad_x, *grads = backward(grad, x, hidden, weight, lora_a, lora_b)
-            return grad_x, None, *grads
-        arguments = (*weight.arguments(), lora_a, lora_b, weight.scaling, needs_x)
-        kernel = autograd._kernel("lora_linear_backward", grad)
-        grad_x, grad_a, grad_b = kernel(grad, x, hidden, *arguments)
-        return grad_x if needs_x else None, None, grad_a, grad_b
+        needs_x = ctx.needs_input_grad[0]
+        grad_x, *grads = _gradients(needs_x, grad, ctx.weight, *ctx.saved_tensors)
+        return grad_x, None, *grads
+
+
+class _Steps(torch.autograd.Function):
+    """`_Step` of layers that take the same x."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, *operands: Any) -> tuple[Tensor, ...]:
+        weights, factors = operands[::3], (*operands[1::3], *operands[2::3])
+        steps = zip(weights, *_halves(factors), strict=True)
+        results, hidden = zip(*(forward(x, *step) for step in steps), strict=True)
+        ctx.save_for_backward(x, *hidden, *factors)
+        ctx.weights = weights
+        return results
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple:
+        x, *saved = ctx.saved_tensors
+        layers = len(ctx.weights)
+        hidden, factors = saved[:layers], _halves(saved[layers:])
+        steps = list(zip(grads, ctx.weights, hidden, *factors, strict=True))
+        needs_x, total = ctx.needs_input_grad[0], None
+        of_operands: list[Tensor | None] = []
+        # The last first, as autograd would go through layers of their own: sums have an order.
+        for grad, weight, *saved in reversed(steps):
+            grad_x, *others = _gradients(needs_x, grad, weight, x, *saved)
+            total = grad_x if total is None or grad_x is None else total + grad_x
+            of_operands = [None, *others, *of_operands]
+        return total, *of_operands
+
+
+def _halves(values: Sequence[Any]) -> tuple[Sequence[Any], Sequence[Any]]:
+    return values[: len(values) // 2], values[len(values) // 2 :]
+
+
+def _gradients(
+    needs_x: bool,
+    grad: Tensor,
+    weight: Weight,
+    x: Tensor,
+    hidden: Tensor,
+    lora_a: Tensor,
+    lora_b: Tensor,
+) -> tuple[Tensor | None, Tensor, Tensor]:
+    """dX (or None), dA and dB, also where somebody looks on."""
+    weight.check_unchanged()
+    if needs_x and is_plain(grad, x):
+        return backward(grad, x, hidden, weight, lora_a, lora_b)
+    arguments = (*weight.arguments(), lora_a, lora_b, weight.scaling, needs_x)
+    kernel = autograd._kernel("lora_linear_backward", grad)
+    grad_x, grad_a, grad_b = kernel(grad, x, hidden, *arguments)
+    return grad_x if needs_x else None, grad_a, grad_b
 
 
 def is_plain(grad: Tensor, x: Tensor) -> bool:

@@ -25,7 +25,6 @@ from qlora_rs.recipes.encode import EncodedData, encode_examples
 from qlora_rs.recipes.progress import Progress, StopRequest, stop_on_signals
 from qlora_rs.recipes.run_identity import check_same_run, run_record
 from qlora_rs.recipes.settings import FinetuneSettings
-from qlora_rs.recipes.speed_ups import speed_up
 
 
 @dataclass(frozen=True)
@@ -142,7 +141,7 @@ class _Run:
         self.encoded, self.held_out = encoded, held_out
         self.float_bytes, self.progress = float_bytes, progress
         self.checkpoints = output / folder.CHECKPOINT_FOLDER
-        self.speed_ups = speed_up(base.model)
+        self.speed_ups = qlora_rs.speed_up(base.model)
 
     def carry_out(
         self, resume: bool, on_ready: Callable[[Any, Any], None] | None

@@ -20,7 +20,6 @@ from qlora_rs.recipes.base_model import BaseModel, check_model_path, load_base_m
 from qlora_rs.recipes.data import check_data_path
 from qlora_rs.recipes.progress import Progress
 from qlora_rs.recipes.quantized_folder import is_quantized_folder, load_quantized_folder
-from qlora_rs.recipes.speed_ups import speed_up
 
 Chat = list[dict[str, str]]
 
@@ -68,7 +67,7 @@ def load_for_generation(
         qlora_rs.quantize_model(base.model, skip=("lm_head",))
     if adapter is not None:
         qlora_rs.load_adapter(base.model, adapter)
-    speed_up(base.model)
+    qlora_rs.speed_up(base.model)
     base.model.eval()
     return base
 

@@ -83,11 +83,10 @@ def _prepare(model: Any, method: str, count: Any) -> tuple[Any, int]:
     """Attach LoRA in the way of ``method``; return the model and the bytes of its base."""
     if method == "nf4":
         import qlora_rs
-        from qlora_rs.recipes.speed_ups import speed_up
 
         qlora_rs.quantize_model(model, skip=("lm_head",))
         base_bytes = count(model)
-        speed_up(qlora_rs.add_lora(model, r=16, alpha=32))
+        qlora_rs.speed_up(qlora_rs.add_lora(model, r=16, alpha=32))
         return model, base_bytes
     import peft
 
