@@ -1,7 +1,7 @@
 //! The three float types that weights and activations come in.
 
 use crate::gemm::tile::{PANEL, Tile};
-use crate::simd::Kernels;
+use crate::simd::{self, Kernels};
 use half::slice::HalfFloatSliceExt;
 use half::{bf16, f16};
 use std::ops::Range;
@@ -79,6 +79,15 @@ impl<'a> Floats<'a> {
             Floats::F32(values) => Floats::F32(&values[range]),
             Floats::F16(values) => Floats::F16(&values[range]),
             Floats::Bf16(values) => Floats::Bf16(&values[range]),
+        }
+    }
+
+    /// Ask for values that will be read soon.
+    pub fn fetch(&self, range: Range<usize>) {
+        match self {
+            Floats::F32(values) => simd::fetch_soon(&values[range]),
+            Floats::F16(values) => simd::fetch_soon(&values[range]),
+            Floats::Bf16(values) => simd::fetch_soon(&values[range]),
         }
     }
 

@@ -80,16 +80,21 @@ pub fn write<T: Element>(
             T::narrow(kernels, &sums[..height], y.row_mut(token, column, height));
         }
     };
-    parallel::for_each(runs(rows, threads), threads, |run| {
-        if fused {
-            fetch_absmax(matrix, strip_of(&run, run.start));
+    // What the strip reads beside codes, which the kernels ask for as they go.
+    let fetch = |strip: Range<usize>| {
+        if let Some(outer) = &outer {
+            outer.fetch(&strip);
         }
+        if fused {
+            fetch_absmax(matrix, strip);
+        }
+    };
+    parallel::for_each(runs(rows, threads), threads, |run| {
+        fetch(strip_of(&run, run.start));
         let mut y = y.take(run.clone());
         let mut products = Scratch::of::<f32>(run.len().min(LONGEST_STRIP) * tokens);
         for first in run.clone().step_by(LONGEST_STRIP) {
-            if fused {
-                fetch_absmax(matrix, strip_of(&run, first + LONGEST_STRIP));
-            }
+            fetch(strip_of(&run, first + LONGEST_STRIP));
             one_strip(strip_of(&run, first), products.values_mut(), &mut y, first - run.start);
         }
     });

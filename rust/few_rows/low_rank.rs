@@ -5,6 +5,7 @@ use crate::gemm::Product;
 use crate::memory::Scratch;
 use crate::parallel::{self, Columns};
 use crate::simd::Kernels;
+use std::ops::Range;
 
 /// Fewer multiplications than this are not worth a second thread.
 const SMALL_PRODUCT: usize = 1 << 15;
@@ -63,6 +64,11 @@ impl<'a> Outer<'a> {
         let mut wide = Scratch::of::<f32>(hidden.len());
         T::widen(kernels, hidden, &mut wide.values_mut()[..hidden.len()]);
         Self { hidden: wide, factor, rank }
+    }
+
+    /// Ask for some rows of B.
+    pub(super) fn fetch(&self, rows: &Range<usize>) {
+        self.factor.fetch(rows.start * self.rank..rows.end * self.rank);
     }
 
     /// Add B's rows from `first` on times the hidden activations to `products` [rows, tokens].
