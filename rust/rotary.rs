@@ -50,7 +50,7 @@ impl<T: Element> Rotary<'_, T> {
         check_length("x", x.len(), x.len().next_multiple_of(token * positions))?;
         check_length("out", out.len(), x.len())?;
         let threads = if x.len() < SMALL { 1 } else { threads.max(1) };
-        let run = (x.len() / token).div_ceil(4 * threads);
+        let run = (x.len() / token).div_ceil(4 * threads).max(1);
         let runs = x.chunks(run * token).zip(out.chunks_mut(run * token)).enumerate();
         parallel::for_each(runs, threads, |(i, (x, out))| {
             let mut room = Room::new(token, self.dimensions);

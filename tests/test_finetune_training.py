@@ -16,10 +16,13 @@ from tiny_models import (
     tiny_tokenizer,
     write_sums,
 )
+from torch.nn.functional import cross_entropy
+from transformers import BartConfig, BartForCausalLM
 from trl import SFTTrainer
 
 import qlora_rs
 from qlora_rs import QloraError
+from qlora_rs.recipes import trainer as trainer_module
 from qlora_rs.recipes.encode import IGNORED
 from qlora_rs.recipes.finetune import finetune
 from qlora_rs.recipes.generate import load_for_generation
@@ -60,7 +63,6 @@ def answer_trainer(tmp_path: Path, dataset: Dataset, model: Any = None, **option
         eval_dataset=dataset,
         processing_class=tiny_tokenizer(),
         base_name="tiny",
-        has_fused_loss=True,
         keep_checkpoints=False,
     )
 
@@ -70,8 +72,8 @@ def loss_and_gradients(trainer: Any, compute: Any, batch: dict[str, Any]) -> tup
     trainer.model.zero_grad()
     loss = compute(trainer.model, dict(batch), num_items_in_batch=torch.tensor(17))
     loss.backward()
-    trained = [p.grad.clone() for p in trainer.model.parameters() if p.requires_grad]
-    return loss.item(), trained
+    trained = [p.grad for p in trainer.model.parameters() if p.grad is not None]
+    return loss.item(), [gradient.clone() for gradient in trained]
 
 
 @pytest.mark.parametrize("packing", [True, False])
@@ -93,24 +95,61 @@ def test_loss_and_gradients_equal_those_of_trl(
         torch.testing.assert_close(mine, other, rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("reason", ["not fused", "takes no num_items_in_batch"])
-def test_a_loss_that_is_not_ours_goes_to_trl(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, reason: str
+@pytest.mark.parametrize("fused", [True, False])
+def test_logits_that_would_be_large_go_to_trl(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fused: bool
 ) -> None:
     trainer = answer_trainer(tmp_path, rows([9, 14]))
-    batch = next(iter(trainer.get_train_dataloader()))
-    expected, _ = loss_and_gradients(trainer, trainer.compute_loss, batch)
     called = []
     original = SFTTrainer.compute_loss
     monkeypatch.setattr(
         SFTTrainer, "compute_loss", lambda *a, **k: called.append(1) or original(*a, **k)
     )
+    batch = next(iter(trainer.get_train_dataloader()))
+    expected, _ = loss_and_gradients(trainer, trainer.compute_loss, batch)
     assert not called
-    trainer.has_fused_loss = reason != "not fused"
-    trainer.model_accepts_loss_kwargs = reason != "takes no num_items_in_batch"
+    monkeypatch.setattr(trainer_module, "LOGITS_BYTES", 1)
+    if not fused:
+        trainer.model.get_output_embeddings().__dict__["forward"].remove()
     actual, _ = loss_and_gradients(trainer, trainer.compute_loss, batch)
-    assert called
+    assert called == ([] if fused else [1])
     assert actual == pytest.approx(expected, rel=1e-5)
+
+
+def test_auxiliary_losses_are_trls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer = answer_trainer(tmp_path, rows([9, 14]))
+    batch = next(iter(trainer.get_train_dataloader()))
+    monkeypatch.setattr(SFTTrainer, "compute_loss", lambda *arguments: "trl's")
+    assert trainer.compute_loss(trainer.model, dict(batch)) != "trl's"
+    trainer.aux_loss_enabled = True
+    assert trainer.compute_loss(trainer.model, dict(batch)) == "trl's"
+
+
+def bart() -> Any:
+    """Its own loss neither shifts labels nor divides by the number of items."""
+    torch.manual_seed(0)
+    config = BartConfig(
+        vocab_size=260, d_model=64, decoder_layers=1, decoder_attention_heads=4,
+        decoder_ffn_dim=64, max_position_embeddings=128, dropout=0.0,
+    )  # fmt: skip
+    return BartForCausalLM(config)
+
+
+def test_a_model_whose_own_loss_is_another_learns_the_next_token_too(tmp_path: Path) -> None:
+    model = qlora_rs.add_lora(qlora_rs.quantize_model(bart()), r=4)
+    qlora_rs.speed_up(model)
+    trainer = answer_trainer(tmp_path, rows([9, 14]), model, packing=False, batch_size=2)
+    batch = next(iter(trainer.get_train_dataloader()))
+    loss, _ = loss_and_gradients(trainer, trainer.compute_loss, batch)
+    assert loss == pytest.approx(next_token_loss(trainer.model, batch) / 17, rel=1e-5)
+
+
+@torch.no_grad()
+def next_token_loss(model: Any, batch: dict[str, Any]) -> float:
+    """The sum over answer tokens, from the logits of all positions."""
+    others = {name: value for name, value in batch.items() if name != "labels"}
+    logits, labels = model(**others).logits[:, :-1], batch["labels"][:, 1:]
+    return float(cross_entropy(logits.mT, labels, ignore_index=IGNORED, reduction="sum"))
 
 
 def test_a_row_with_nothing_to_learn_gives_a_zero_with_gradient(tmp_path: Path) -> None:
@@ -150,23 +189,20 @@ def test_packed_loss_is_the_sum_over_the_examples_apart(tmp_path: Path) -> None:
     trainer = answer_trainer(tmp_path, dataset)
     batch = next(iter(trainer.get_train_dataloader()))
     packed = trainer.compute_loss(trainer.model.eval(), dict(batch), num_items_in_batch=1).item()
-    apart = 0.0
-    for row in dataset:
-        ids, labels = torch.tensor([row["input_ids"]]), torch.tensor([row["labels"]])
-        count = int((labels[:, 1:] != IGNORED).sum())
-        apart += float(trainer.model(input_ids=ids, labels=labels).loss) * count
+    apart = sum(next_token_loss(trainer.model, alone(row)) for row in dataset)
     assert packed == pytest.approx(apart, rel=1e-5)
+
+
+def alone(row: dict[str, list[int]]) -> dict[str, torch.Tensor]:
+    return {name: torch.tensor([row[name]]) for name in ("input_ids", "labels")}
 
 
 def test_held_out_loss_is_the_mean_over_answer_tokens(tmp_path: Path) -> None:
     dataset = rows([8, 40, 30])  # rows of unequal answers, where a mean of means would differ
     trainer = answer_trainer(tmp_path, dataset)
-    total, tokens = 0.0, 0
-    for row in dataset:
-        ids, labels = torch.tensor([row["input_ids"]]), torch.tensor([row["labels"]])
-        count = int((labels[:, 1:] != IGNORED).sum())
-        total += float(trainer.model.eval()(input_ids=ids, labels=labels).loss) * count
-        tokens += count
+    trainer.model.eval()
+    total = sum(next_token_loss(trainer.model, alone(row)) for row in dataset)
+    tokens = sum(sum(label != IGNORED for label in row["labels"][1:]) for row in dataset)
     assert trainer.evaluate()["eval_loss"] == pytest.approx(total / tokens, rel=1e-5)
 
 

@@ -12,7 +12,7 @@ from tiny_models import (
     tiny_tokenizer,
     write_sums,
 )
-from transformers import Gemma2Config, Gemma2ForCausalLM
+from transformers import Gemma2Config, Gemma2ForCausalLM, LlamaForCausalLM
 
 import qlora_rs
 from qlora_rs import QloraError, cpu, speed_up
@@ -70,24 +70,53 @@ def test_a_model_that_nothing_fits_is_left_as_it_was() -> None:
         speed_up(None)
 
 
+class Picky(LlamaForCausalLM):
+    """Wants three tokens at least."""
+
+    def forward(self, input_ids: torch.Tensor, labels: object = None, **options: object) -> object:
+        if input_ids.shape[1] < 3:
+            raise ValueError("too short")
+        return super().forward(input_ids, labels=labels, **options)
+
+
+def test_a_model_that_cannot_be_tried_goes_without() -> None:
+    model = adapted(tiny_model())
+    model.__class__ = Picky
+    sentence = "cannot be called with two tokens .* .ValueError: too short.; train it with"
+    with pytest.raises(QloraError, match=sentence):
+        qlora_rs.fuse_loss(model)
+    assert "forward" not in model.__dict__
+    assert "forward" not in model.lm_head.__dict__
+    assert speed_up(model) == FUSED[1:]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("kind", ["llama", "gemma"])
 def test_both_kinds_are_trained_and_answer_the_same_after_a_reload(
-    tmp_path: Path, kind: str
+    tmp_path: Path, kind: str, dtype: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    # On every CPU: attention is widened in bfloat16.
+    monkeypatch.setattr(cpu, "is_faster_in_float32", lambda dtype: dtype is torch.bfloat16)
     model = tiny_model() if kind == "llama" else gemma()
     model.save_pretrained(tmp_path / "model")
     tiny_tokenizer().save_pretrained(tmp_path / "model")
     data = write_sums(tmp_path / "sums.jsonl", 12)
     settings = FinetuneSettings(
         str(tmp_path / "model"), str(data), str(tmp_path / "out"), r=8, learning_rate=1e-2,
-        epochs=10, gradient_accumulation=1, max_length=96, dtype="float32",
+        epochs=10, gradient_accumulation=1, max_length=96, dtype=dtype,
     )  # fmt: skip
     result = finetune(settings, progress=Progress(quiet=True))
-    assert result.summary["speed_ups"] == list(FUSED if kind == "llama" else FUSED[3:])
+    expected = [*(FUSED if kind == "llama" else FUSED[3:])]
+    if dtype == "bfloat16" and kind == "llama":  # Gemma 2's attention is not torch's
+        expected.append("widen_attention")
+    assert result.summary["speed_ups"] == expected
     assert result.summary["last_loss"] < 0.9 * result.summary["first_loss"]
-    fresh = load_for_generation(tmp_path / "model", tmp_path / "out" / "adapter", "float32")
+    fresh = load_for_generation(tmp_path / "model", tmp_path / "out" / "adapter", dtype)
     prompts = ["1 + 1", "2 + 5"]
     answers = [
         generate_answers(m, result.tokenizer, prompts, 8) for m in (result.model, fresh.model)
     ]
     assert answers[0] == answers[1]
+    if kind == "llama":  # what trl's trainer put around the model is gone
+        ids = torch.arange(5)[None]
+        assert qlora_rs.unfuse_loss(result.model)(input_ids=ids, labels=ids).logits is not None

@@ -15,24 +15,23 @@ from collections.abc import Callable
 from contextvars import ContextVar
 from functools import cache
 from types import FunctionType
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
 from qlora_rs import rotary, shortcut
 from qlora_rs.errors import QloraError, check_model
-from qlora_rs.fusion import OwnForward, remove_forwards
-from qlora_rs.layers import NF4Linear, QLoRALinear
+from qlora_rs.fusion import OwnForward, has_hook, remove_forwards
+from qlora_rs.layers import QLoRALinear
 
 # The layers' names in transformers.
 PROJECTIONS = ("q_proj", "k_proj", "v_proj")
 _ROTATION = "apply_rotary_pos_emb"
 
-# Per projection of the attention that this thread is inside of: x, and the product of it.
-_READY: ContextVar[dict[nn.Module, tuple[Tensor, Tensor]] | None] = ContextVar(
-    "qlora_rs_ready", default=None
-)
+# Per projection of the attention that this thread is inside of: x, its version, and its product.
+_Ready: TypeAlias = dict[nn.Module, tuple[Tensor, int, Tensor]]
+_READY: ContextVar[_Ready | None] = ContextVar("qlora_rs_ready", default=None)
 
 
 def fuse_attention(model: nn.Module) -> nn.Module:
@@ -40,12 +39,15 @@ def fuse_attention(model: nn.Module) -> nn.Module:
 
     model: of transformers, plain or wrapped by peft; in place. Fused are modules whose `forward`
     calls `apply_rotary_pos_emb(q, k, cos, sin)`, if on a rehearsal that turns the halves of a head
-    (Llama, Mistral, Qwen, Gemma; not neighbours, as GLM and Cohere do). Projections named q_proj,
-    k_proj and v_proj go together where all are packed, without bias, alike with or without
-    adapters of `add_lora`; call this after it.
-    Results are equal to the bit, gradients too. Dropout, another compute_dtype, autocast, other
-    devices, positions of another type, heads turned in part and torch.compile take the model's own
-    way. Saved weights never know of it; `copy.deepcopy` and pickle keep it.
+    (Llama, Mistral, Qwen, Gemma; not neighbours, as GLM and Cohere do). While gradients are on, its
+    projections q_proj, k_proj and v_proj go together, if all have adapters of `add_lora` (call
+    this after it) and no bias.
+    Results are equal to the bit, and gradients too where nothing else takes the attention's x
+    (after a norm, that is; sums of more than its three parts have another order). Projections
+    with dropout, hooks or another compute_dtype, autocast, other devices, positions of another
+    type, heads turned in part and torch.compile take the model's own way, and so does everything
+    if another `apply_rotary_pos_emb` is put into transformers later. Saved weights never know of
+    it; `copy.deepcopy` and pickle keep it.
     Returns the model. Raises QloraError where there is nothing to fuse, or where it is fused
     already.
 
@@ -68,10 +70,11 @@ def fuse_attention(model: nn.Module) -> nn.Module:
             f"{type(model).__name__} has no module that calls {_ROTATION} to turn the halves of "
             "its heads, or something replaced its forward; leave fuse_attention out"
         )
+    _with_rotation.cache_clear()  # what else transformers' modules hold may have been replaced
     for module in fitting:
         FusedAttention(module).install()
         for layer in _projections(module):
-            if type(layer) in (NF4Linear, QLoRALinear) and "forward" not in layer.__dict__:
+            if type(layer) is QLoRALinear and "forward" not in layer.__dict__:
                 Projection(layer).install()
     return model
 
@@ -89,12 +92,16 @@ def unfuse_attention(model: nn.Module) -> nn.Module:
 class FusedAttention(OwnForward):
     """Of an attention."""
 
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__(module)
+        self.rotation = type(module).forward.__globals__[_ROTATION]
+
     def __call__(self, *arguments: Any, **options: Any) -> Any:
-        forward = type(self.module).forward
+        forward: Any = type(self.module).forward
         # Not `__wrapped__`, which makes a method: a compiler could not follow that.
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or forward.__globals__[_ROTATION] is not self.rotation:
             return forward(self.module, *arguments, **options)
-        forward = _with_our_rotation(forward)
+        forward = _with_rotation(forward)
         ready = self._projected(arguments[0] if arguments else options.get("hidden_states"))
         if ready is None:
             return forward(self.module, *arguments, **options)
@@ -104,25 +111,26 @@ class FusedAttention(OwnForward):
         finally:
             _READY.reset(before)
 
-    def _projected(self, x: Any) -> dict[nn.Module, tuple[Tensor, Tensor]] | None:
-        """x and its product, per projection; None where they are to be computed one by one."""
+    def _projected(self, x: Any) -> _Ready | None:
+        """What is ready for each projection; None where they are to be computed one by one."""
         layers = _projections(self.module)
         if not isinstance(x, Tensor) or not all(map(_is_usual, layers)):
             return None
         products = shortcut.products(layers, x)
         if products is None:
             return None
-        return {layer: (x, y) for layer, y in zip(layers, products, strict=True)}
+        version = x._version
+        return {layer: (x, version, y) for layer, y in zip(layers, products, strict=True)}
 
 
 class Projection(OwnForward):
     """Of a layer that an attention's other projections are computed with."""
 
     def __call__(self, *arguments: Any, **options: Any) -> Any:
-        ready = _READY.get()
+        ready = None if torch.compiler.is_compiling() else _READY.get()
         if ready is not None and len(arguments) == 1 and not options:
-            x, y = ready.pop(self.module, (None, None))
-            if x is arguments[0]:
+            x, version, y = ready.pop(self.module, (None, 0, None))
+            if x is arguments[0] and x._version == version:
                 return y
         return type(self.module).forward(self.module, *arguments, **options)
 
@@ -134,15 +142,16 @@ def _projections(module: nn.Module) -> list[Any]:
 def _is_usual(layer: Any) -> bool:
     """Whether a projection takes what is ready for it, and that is what it would compute."""
     return (
-        layer is not None
+        type(layer) is QLoRALinear
         and isinstance(layer.__dict__.get("forward"), Projection)
-        and not (layer.training and getattr(layer, "dropout", 0.0))
+        and not has_hook(layer)
+        and not (layer.training and layer.dropout)
     )
 
 
 @cache
-def _with_our_rotation(forward: Any) -> Callable:
-    """The same code, with ours under the name of its own."""
+def _with_rotation(forward: Any) -> Callable:
+    """The same code, with our rotation under the name of its own."""
     theirs = forward.__globals__[_ROTATION]
 
     def apply(*arguments: Any, **options: Any) -> Any:
@@ -150,7 +159,7 @@ def _with_our_rotation(forward: Any) -> Callable:
             return rotary.rotate(*arguments)
         return theirs(*arguments, **options)
 
-    # Names that a function looks up are in a plain dict: those of its module, as they are now.
+    # A function looks names up in a plain dict: those of its module, as they are now.
     names = {**forward.__globals__, _ROTATION: apply}
     rest = (forward.__name__, forward.__defaults__, forward.__closure__)
     ours = FunctionType(forward.__code__, names, *rest)
@@ -158,13 +167,16 @@ def _with_our_rotation(forward: Any) -> Callable:
     return ours
 
 
-@cache
 def _turns_halves(forward: Any) -> bool:
     """Whether a method calls a rotation that, on a rehearsal, does what ours does."""
     code = getattr(forward, "__code__", None)
     if code is None or _ROTATION not in code.co_names:
         return False
-    theirs = forward.__globals__.get(_ROTATION)
+    return _is_ours(forward.__globals__.get(_ROTATION))
+
+
+@cache
+def _is_ours(theirs: Any) -> bool:
     generator = torch.Generator().manual_seed(0)
 
     def random(*shape: int) -> Tensor:

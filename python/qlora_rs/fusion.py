@@ -13,7 +13,8 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from contextvars import ContextVar
 from types import MethodType
 from typing import Any
@@ -74,9 +75,14 @@ def fuse_loss(model: nn.Module) -> nn.Module:
     _DeferringForward(layer).install()
     try:
         _rehearse(base, layer.weight.device)
-    except BaseException:
+    except BaseException as error:
         unfuse_loss(base)
-        raise
+        if not isinstance(error, Exception) or isinstance(error, QloraError):
+            raise
+        raise QloraError(
+            f"{type(base).__name__} cannot be called with two tokens to see how it computes its "
+            f"loss ({type(error).__name__}: {error}); train it with its own loss"
+        ) from error
     return model
 
 
@@ -93,6 +99,26 @@ def unfuse_loss(model: nn.Module) -> nn.Module:
     forward.layer.__dict__["forward"].remove()
     forward.remove()
     return model
+
+
+def has_fused_loss(model: nn.Module) -> bool:
+    """Whether `fuse_loss` fitted the model, whatever has been put around its forward since."""
+    layer = _base_model(model).get_output_embeddings()
+    return layer is not None and isinstance(layer.__dict__.get("forward"), _DeferringForward)
+
+
+@contextmanager
+def deferred_logits(model: nn.Module) -> Iterator[None]:
+    """Inside, calls of a model with fused loss return `DeferredLogits`, also without labels.
+
+    For a loss that the model does not compute itself, as of some positions; a cross-entropy of
+    them is all that they are good for. Other models return logits as ever.
+    """
+    before = _DEFERRING.set(_base_model(model).get_output_embeddings())
+    try:
+        yield
+    finally:
+        _DEFERRING.reset(before)
 
 
 class OwnForward:
@@ -115,6 +141,16 @@ class OwnForward:
             del self.module.__dict__["forward"]
         else:
             self.module.__dict__["forward"] = self.replaced
+
+
+def has_hook(module: Any) -> bool:
+    """Whether somebody looks at what goes into a module, or comes out of it."""
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+    )
 
 
 def remove_forwards(model: nn.Module, kind: type[OwnForward], what: str) -> None:
@@ -213,7 +249,7 @@ def _rehearse(model: nn.Module, device: torch.device) -> None:
         )
 
 
-def _base_model(model: Any) -> nn.Module:
+def _base_model(model: Any) -> Any:
     """The model inside peft's wrapper, or the model."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 

@@ -19,7 +19,7 @@ from torch.utils.dlpack import to_dlpack
 
 from qlora_rs import _rust, autograd, cpu, ops, shortcut
 from qlora_rs.errors import QloraError, check_model
-from qlora_rs.fusion import OwnForward, remove_forwards
+from qlora_rs.fusion import OwnForward, has_hook, remove_forwards
 from qlora_rs.layers import NF4Linear, QLoRALinear
 from qlora_rs.model import is_of_peft
 
@@ -108,7 +108,7 @@ class FusedMlp(OwnForward):
             not all(_is_usual(layer, x.dtype) for layer in layers)
             or len(others) != len(self.others)
             or not all(
-                m is n and not _has_hook(m) for m, n in zip(others, self.others, strict=True)
+                m is n and not _is_watched(m) for m, n in zip(others, self.others, strict=True)
             )
             or x.shape[-1:] != (layers[0].in_features,)
         ):
@@ -127,14 +127,8 @@ def _others(mlp: nn.Module) -> list[nn.Module | None]:
     return [module for name, module in mlp._modules.items() if name not in LAYERS]
 
 
-def _has_hook(module: Any) -> bool:
-    return bool(
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-        or "forward" in module.__dict__
-    )
+def _is_watched(module: Any) -> bool:
+    return has_hook(module) or "forward" in module.__dict__
 
 
 def _is_usual(layer: Any, dtype: torch.dtype) -> bool:
@@ -145,7 +139,7 @@ def _is_usual(layer: Any, dtype: torch.dtype) -> bool:
         and not (layer.training and layer.dropout)
         and layer.compute_dtype in (None, dtype)
         and layer.bias is None
-        and not _has_hook(layer)
+        and not _is_watched(layer)
     )
 
 

@@ -83,14 +83,29 @@ def _rotate(
     if several:
         q, k = q.transpose(1, 2), k.transpose(1, 2)
     q, k = cpu.plain(q), cpu.plain(k)
-    out_q, out_k = torch.empty_like(q), torch.empty_like(k)
+    # Not views, which a model could not write to.
+    results = [_empty(x, several) for x in (q, k)]
+    written = [y.transpose(1, 2) for y in results] if several else results
     heads = 2 if several else 1
     _rust.rotate(
         backward,
         to_dlpack(cpu.plain(cosine)),
         to_dlpack(cpu.plain(sine)),
         q.shape[3],
-        [(to_dlpack(x), x.shape[heads], to_dlpack(out)) for x, out in ((q, out_q), (k, out_k))],
+        [
+            (to_dlpack(x), x.shape[heads], to_dlpack(y))
+            for x, y in zip((q, k), written, strict=True)
+        ],
         torch.get_num_threads(),
     )
-    return (out_q.transpose(1, 2), out_k.transpose(1, 2)) if several else (out_q, out_k)
+    return results[0], results[1]
+
+
+def _empty(x: Tensor, several: bool) -> Tensor:
+    """Room for x; of several tokens, heads before tokens and in the order of x's memory."""
+    if not several:
+        return torch.empty_like(x)
+    batch, tokens, heads, dimensions = x.shape
+    token = heads * dimensions
+    strides = (tokens * token, dimensions, token, 1)
+    return torch.empty_strided((batch, heads, tokens, dimensions), strides, dtype=x.dtype)

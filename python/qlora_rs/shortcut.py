@@ -43,7 +43,7 @@ _grad_enabled, _autocast_enabled = torch.is_grad_enabled, torch.is_autocast_enab
 
 
 class Elsewhere(Exception):
-    """This way does not lead there; nothing was computed or kept."""
+    """This way does not lead there; the usual one does, and nothing was kept."""
 
 
 def product(layer: NF4Linear, x: Tensor, scaling: float | None) -> Tensor | None:
@@ -286,9 +286,16 @@ class _Steps(torch.autograd.Function):
         # The last first, as autograd would go through layers of their own: sums have an order.
         for grad, weight, *saved in reversed(steps):
             grad_x, *others = _gradients(needs_x, grad, weight, x, *saved)
-            total = grad_x if total is None or grad_x is None else total + grad_x
+            total = grad_x if total is None or grad_x is None else _sum(total, grad_x)
             of_operands = [None, *others, *of_operands]
         return total, *of_operands
+
+
+def _sum(total: Tensor, other: Tensor) -> Tensor:
+    """In the first one's memory, unless somebody looks on."""
+    if _grad_enabled() or not ops.runs_directly(total):
+        return total + other
+    return total.add_(other)
 
 
 def _halves(values: Sequence[Any]) -> tuple[Sequence[Any], Sequence[Any]]:

@@ -31,7 +31,8 @@ from qlora_rs.recipes.settings import FinetuneSettings
 class FinetuneResult:
     """What ``finetune`` returns.
 
-    model: the quantized model with its adapter, in evaluation mode; tokenizer: its tokenizer.
+    model: the quantized model with its adapter, in evaluation mode, sped up (`speed_up`: called
+    with labels it returns a loss and no logits); tokenizer: its tokenizer.
     finished: False when the user stopped the run; ``signal`` then says by what.
     summary: what summary.json holds (empty unless finished). step: optimizer steps done.
     """
@@ -87,6 +88,7 @@ def finetune(
     _say_what_was_cut(encoded, settings, progress)
     float_bytes = report.model_bytes(base.model)
     prepare_model(base.model, settings, progress)
+    speed_ups = qlora_rs.speed_up(base.model)
 
     output.mkdir(parents=True, exist_ok=True)
     with folder.lock(output):
@@ -94,7 +96,8 @@ def finetune(
             folder.refuse_existing(output, overwrite)  # again, now that nobody else can write
             folder.clear(output)
             folder.write_json(output / folder.RUN_FILE, record)
-        run = _Run(settings, output, base, encoded, encoded_held_out, float_bytes, progress)
+        examples = (encoded, encoded_held_out)
+        run = _Run(settings, output, base, *examples, float_bytes, speed_ups, progress)
         return run.carry_out(resume, on_ready)
 
 
@@ -135,13 +138,14 @@ class _Run:
         encoded: EncodedData,
         held_out: EncodedData | None,
         float_bytes: int,
+        speed_ups: tuple[str, ...],
         progress: Progress,
     ) -> None:
         self.settings, self.output, self.base = settings, output, base
         self.encoded, self.held_out = encoded, held_out
         self.float_bytes, self.progress = float_bytes, progress
         self.checkpoints = output / folder.CHECKPOINT_FOLDER
-        self.speed_ups = qlora_rs.speed_up(base.model)
+        self.speed_ups = speed_ups
 
     def carry_out(
         self, resume: bool, on_ready: Callable[[Any, Any], None] | None
@@ -162,6 +166,7 @@ class _Run:
         with stop_on_signals(self.progress, what) as stop, base_model.quiet_libraries():
             log_file = self.output / folder.LOG_FILE
             callback = RunCallback(log_file, self.progress, stop)
+            forward = self.base.model.__dict__.get("forward")
             try:
                 trainer = self._trainer(callback)
                 callback.open_log(found.step if found.path else -1)
@@ -180,6 +185,10 @@ class _Run:
                     trainer.evaluate()
             finally:
                 callback.close()
+                # trl's trainer has put its own around it.
+                self.base.model.__dict__["forward"] = forward
+                if forward is None:
+                    del self.base.model.__dict__["forward"]
         return self._finish(trainer, callback)
 
     def _trainer(self, callback: Any) -> Any:
@@ -204,7 +213,6 @@ class _Run:
             processing_class=self.base.tokenizer,
             callbacks=[callback],
             base_name=self.settings.model,
-            has_fused_loss="fuse_loss" in self.speed_ups,
             keep_checkpoints=self.settings.keep_checkpoints,
         )
 

@@ -55,7 +55,8 @@ def load_for_generation(
     """Load a base model, quantize it to NF4 (unless it is so already), attach an adapter, speed up.
 
     adapter: directory in peft's layout; None for the base alone. Raises QloraError if either does
-    not load or they do not belong together.
+    not load or they do not belong together. The model is sped up (`speed_up`): called with labels
+    it returns a loss and no logits.
     """
     progress = progress or Progress(quiet=True)
     check_paths(model, adapter)

@@ -68,7 +68,7 @@ def measure(directory: Path, method: str, tokens: int, dtype: str) -> dict[str, 
     built = resident()
     if not forget_peak():
         raise QloraError("the peak memory cannot be reset here (/proc/self/clear_refs)")
-    _train(model, method, tokens, config.vocab_size)
+    _train(model, tokens, config.vocab_size)
     most = peak()
     known = before is not None and built is not None and most is not None
     return {
@@ -95,23 +95,21 @@ def _prepare(model: Any, method: str, count: Any) -> tuple[Any, int]:
     return peft.get_peft_model(model, adapter), base_bytes
 
 
-def _train(model: Any, method: str, tokens: int, vocabulary: int) -> None:
+def _train(model: Any, tokens: int, vocabulary: int) -> None:
     import torch
+
+    from qlora_rs.fusion import deferred_logits
 
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(vocabulary, (1, tokens), generator=generator)
     answers = torch.arange(0, tokens - 1, 4)  # a quarter of the positions, as in answer-only loss
-    labels = torch.full_like(ids, -100)
-    labels[0, answers + 1] = ids[0, answers + 1]
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=2e-4)
     model.train()
     for _ in range(2):  # the optimizer's moments exist from the second step on
-        if method == "nf4":  # as finetune asks for it
-            loss = model(input_ids=ids, use_cache=False, labels=labels).loss
-        else:
+        with deferred_logits(model):  # as finetune asks for its loss
             logits = model(input_ids=ids, use_cache=False, logits_to_keep=answers).logits
-            loss = torch.nn.functional.cross_entropy(logits[0].float(), labels[0, answers + 1])
+        loss = torch.nn.functional.cross_entropy(logits[0].float(), ids[0, answers + 1])
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()

@@ -1,11 +1,11 @@
-"""trl's SFTTrainer with the fused loss, and checkpoints without pickle.
+"""trl's SFTTrainer with the loss computed where the answers are, and checkpoints without pickle.
 
 The training loop, packing, schedule, clipping and accumulation are trl's and transformers' own.
 Three things differ, each by overriding a method here and nothing by patching a library:
 
-- ``compute_loss`` asks the model for its loss, which ``fuse_loss`` made fast: the LM head runs only
-  on positions that predict an answer token. trl scores every position on a CPU, where the head is
-  a large part of a small model's step.
+- ``compute_loss`` runs the LM head only on positions that predict an answer token, without holding
+  its logits where ``fuse_loss`` fits the model. trl scores every position on a CPU, where the head
+  is a large part of a small model's step.
 - ``evaluate`` reports the mean over answer tokens, not the mean of the rows' means.
 - checkpoints go through ``checkpoint.py`` instead of torch.save and torch.load.
 """
@@ -18,14 +18,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.nn import functional
 from transformers.trainer_callback import PrinterCallback
 from trl import SFTConfig, SFTTrainer
 
 import qlora_rs
+from qlora_rs.fusion import deferred_logits, has_fused_loss
 from qlora_rs.recipes import checkpoint
 from qlora_rs.recipes.encode import IGNORED
 from qlora_rs.recipes.settings import FinetuneSettings
 
+# Above this size of float32 logits that would be held, trl's chunked LM head is used.
+LOGITS_BYTES = 256 << 20
 KEPT_CHECKPOINTS = 2
 
 
@@ -75,7 +79,6 @@ class AnswerTrainer(SFTTrainer):
     """SFTTrainer whose checkpoints ``checkpoint.newest`` can verify and nothing has to unpickle.
 
     base_name: what the adapter's configuration names as its base model.
-    has_fused_loss: whether the model's loss is by ``fuse_loss``; trl's is taken where it is not.
     on_checkpoint: called with each checkpoint's path after it is on disk.
     """
 
@@ -88,17 +91,16 @@ class AnswerTrainer(SFTTrainer):
         self,
         *args: Any,
         base_name: str,
-        has_fused_loss: bool,
         keep_checkpoints: bool,
         on_checkpoint: Callable[[Path], None] | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
         self.base_name = base_name
-        self.has_fused_loss = has_fused_loss
         self.keep_checkpoints = keep_checkpoints
         self.on_checkpoint = on_checkpoint
         self.remove_callback(PrinterCallback)
+        self._takes_positions = "logits_to_keep" in inspect.signature(self.model.forward).parameters
 
     # ---- loss ------------------------------------------------------------------------------
 
@@ -111,17 +113,30 @@ class AnswerTrainer(SFTTrainer):
     ) -> Any:
         """Sum of the answer tokens' cross-entropy divided by ``num_items_in_batch``.
 
-        Equal to trl's loss (a test compares loss and gradients). trl's itself is taken where the
-        loss is not fused, has auxiliary terms (which trl weighs in its own way), or does not take
-        ``num_items_in_batch``.
+        Equal to trl's loss (a test compares loss and gradients); it falls back to trl's where the
+        logits would be large, the model has an auxiliary loss, or it takes no ``logits_to_keep``.
         """
-        fits = self.has_fused_loss and self.model_accepts_loss_kwargs and not self.aux_loss_enabled
-        if return_outputs or not fits:
+        targets = inputs["labels"][:, 1:]
+        positions = (targets != IGNORED).any(dim=0).nonzero().flatten()
+        vocabulary = self.model.config.get_text_config().vocab_size
+        held = 0 if has_fused_loss(self.model) else targets.shape[0] * positions.numel()
+        too_large = held * vocabulary * 4 > LOGITS_BYTES
+        if return_outputs or too_large or self.aux_loss_enabled or not self._takes_positions:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        if positions.numel() == 0:  # nothing to learn here: a zero that still has a gradient
+            positions = torch.zeros(1, dtype=torch.long, device=targets.device)
+        others = {name: value for name, value in inputs.items() if name != "labels"}
+        with deferred_logits(self.model):
+            outputs = model(**{**others, "use_cache": False, "logits_to_keep": positions})
+        loss = functional.cross_entropy(
+            outputs.logits.float().reshape(-1, vocabulary),
+            targets[:, positions].flatten(),
+            ignore_index=IGNORED,
+            reduction="sum",
+        )
         if num_items_in_batch is None:
-            answers = inputs["labels"][:, 1:] != IGNORED
-            num_items_in_batch = answers.sum().clamp(min=1)
-        return model(**inputs, use_cache=False, num_items_in_batch=num_items_in_batch).loss
+            num_items_in_batch = (targets != IGNORED).sum().clamp(min=1)
+        return loss / num_items_in_batch
 
     @torch.no_grad()
     def evaluate(
