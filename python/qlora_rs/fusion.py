@@ -37,11 +37,12 @@ def fuse_loss(model: nn.Module) -> nn.Module:
     model: a causal language model of transformers, or one that peft wrapped. Its output layer must
     be an `nn.Linear` or `NF4Linear` without an adapter.
     From then on a call with labels, in training or evaluation, returns the model's own loss with
-    `logits=None`, up to rounding; see `linear_cross_entropy` for memory. Auxiliary losses (MoE)
-    and scaled logits (Granite, Cohere) are honoured. Without labels, and in `generate`, there are
-    logits as ever; those of up to 8 tokens without gradients are summed in float32 in one pass
-    over a dense output layer's weight (last bits may differ). Gradient checkpointing works;
-    `copy.deepcopy` and pickle keep the fused loss, saved weights never know of it.
+    `logits=None` (a tuple leaves them out), up to rounding; `linear_cross_entropy` says in which
+    memory. Auxiliary losses (MoE) and scaled logits (Granite, Cohere) are honoured. Without labels,
+    and in `generate`, there are logits as ever; those of up to 8 tokens without gradients are
+    summed in float32 in one pass over a dense output layer's weight (last bits may differ).
+    Gradient checkpointing works; `copy.deepcopy` and pickle keep the fused loss, saved weights
+    never know of it.
     The model is called with two tokens, without gradients, to see that its loss can be computed
     so: one that does more with its logits (soft-capping in Gemma 2) is refused, and left as it was.
     Returns the model. Raises QloraError.
