@@ -11,6 +11,7 @@ import peft
 import pytest
 import tiny_llama
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file
 from tiny_llama import logits
 
@@ -221,3 +222,17 @@ def test_a_model_without_adapter_is_refused_and_nothing_is_written(tmp_path: Pat
     with pytest.raises(qlora_rs.QloraError, match="no adapter to save"):
         qlora_rs.save_adapter(tiny_llama.quantized(), tmp_path / "adapter")
     assert not (tmp_path / "adapter").exists()
+
+
+def test_equal_adapters_make_equal_files(tmp_path: Path) -> None:
+    model = tiny_llama.with_adapter()
+    files = [
+        qlora_rs.save_adapter(model, tmp_path / str(i)) / "adapter_model.safetensors"
+        for i in range(6)
+    ]
+    assert len({file.read_bytes() for file in files}) == 1
+    with safe_open(files[0], "pt") as held:
+        assert held.metadata()["format"] == "pt"
+        for name in held.keys():  # noqa: SIM118
+            layer = model.get_submodule(name.removeprefix("base_model.model.").rsplit(".", 2)[0])
+            assert torch.equal(held.get_tensor(name), getattr(layer, name.split(".")[-2]))

@@ -334,7 +334,7 @@ class Wrapped(nn.Module):
     ("build", "sentence"),
     [
         (eager, "computes attention by 'eager'.*attn_implementation=\"sdpa\""),
-        (lambda: nn.Linear(3, 3), "Linear computes attention by None"),
+        (lambda: nn.Linear(3, 3), "Linear does not say how it computes attention"),
         (falcon, "does not take its attention from transformers' registry"),
         (Wrapped, "Wrapped does not take its attention from transformers' registry"),
         (lambda: widen_attention(tiny_llama.dense()), "widened already; unwiden_attention"),

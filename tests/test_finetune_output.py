@@ -97,6 +97,9 @@ def test_overwrite_replaces_a_run_but_not_one_with_foreign_files(
 ) -> None:
     output = Path(settings.output)
     finetune(settings, progress=QUIET)
+    with pytest.raises(QloraError, match="holds a run that is complete; use --overwrite to start"):
+        finetune(settings, progress=QUIET)
+    (output / "summary.json").unlink()  # as a run that was stopped leaves it
     with pytest.raises(QloraError, match="use --resume to continue it, --overwrite"):
         finetune(settings, progress=QUIET)
     (output / "notes.txt").write_text("mine")
@@ -181,6 +184,13 @@ def test_a_damaged_model_is_a_sentence_not_a_traceback(tiny: Path, tmp_path: Pat
     (tmp_path / "broken.gguf").write_bytes(b"GGUF" + b"\xff" * 64)
     with pytest.raises(QloraError, match="could not be loaded as a causal language model: "):
         load_base_model(tmp_path / "broken.gguf")
+
+
+def test_a_missing_tokenizer_is_named(tmp_path: Path) -> None:
+    tiny_model().save_pretrained(tmp_path)
+    sentence = r"the tokenizer of .* could not be loaded \(.*[^:]\); put the model's tokenizer.json"
+    with pytest.raises(QloraError, match=sentence):
+        load_base_model(tmp_path)
 
 
 def test_a_tokenizer_without_pad_token_gets_its_end_token(tmp_path: Path) -> None:

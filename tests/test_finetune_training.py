@@ -289,6 +289,16 @@ def test_a_loss_that_is_not_a_number_stops_the_run_before_it_is_saved(
     assert saved == ["step-00000001", "step-00000002"]
 
 
+def test_the_first_step_of_a_short_run_is_no_warm_up(tiny: Path, tmp_path: Path) -> None:
+    data = write_sums(tmp_path / "sums.jsonl", 8)
+    settings = FinetuneSettings(
+        str(tiny), str(data), str(tmp_path / "out"), dtype="float32", max_length=64, max_steps=1,
+    )  # fmt: skip
+    model = finetune(settings, progress=QUIET).model
+    trained = [p for name, p in model.named_parameters() if "lora_B" in name]
+    assert all(p.abs().max() > 0 for p in trained)
+
+
 def test_gradient_checkpointing_trains_to_the_same_losses(tiny: Path, tmp_path: Path) -> None:
     data = write_sums(tmp_path / "sums.jsonl", 8)
     losses = []

@@ -123,7 +123,7 @@ def test_undone_copied_and_saved() -> None:
         assert torch.allclose(other(input_ids=IDS, labels=IDS).loss, expected, rtol=1e-5)
     assert torch.equal(unfuse_mlps(model)(input_ids=IDS, labels=IDS).loss, expected)
     assert not any("forward" in module.__dict__ for module in model.modules())
-    with pytest.raises(QloraError, match="has no fused MLPs, or their forward was replaced"):
+    with pytest.raises(QloraError, match="has no fused MLPs to undo; if they were fused"):
         unfuse_mlps(model)
 
 

@@ -124,7 +124,7 @@ def test_refusals_name_what_was_found(build, sentence: str) -> None:
 
 
 def test_unfusing_what_is_not_fused_is_refused() -> None:
-    with pytest.raises(QloraError, match="has no fused norms, or their forward was replaced"):
+    with pytest.raises(QloraError, match="has no fused norms to undo; if they were fused"):
         unfuse_norms(norm())
 
 

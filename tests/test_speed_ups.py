@@ -15,7 +15,7 @@ from tiny_models import (
 from transformers import Gemma2Config, Gemma2ForCausalLM, LlamaForCausalLM
 
 import qlora_rs
-from qlora_rs import QloraError, cpu, speed_up
+from qlora_rs import QloraError, cpu, speed_up, undo_speed_up
 from qlora_rs.recipes.finetune import finetune
 from qlora_rs.recipes.generate import generate_answers, load_for_generation
 from qlora_rs.recipes.progress import Progress
@@ -54,6 +54,19 @@ def test_the_cpu_decides_whether_attention_is_widened() -> None:
 def test_without_an_adapter_there_is_no_mlp_to_fuse() -> None:
     taken = speed_up(qlora_rs.quantize_model(tiny_model()))
     assert taken == ("fuse_loss", "fuse_norms", "fuse_attention")
+
+
+def test_all_is_undone_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu, "is_faster_in_float32", lambda dtype: True)
+    model = adapted(tiny_model(dtype=torch.bfloat16))
+    ids = torch.arange(9)[None]
+    expected = model(input_ids=ids, labels=ids).loss
+    assert speed_up(model)[-1] == "widen_attention"
+    undone = ("unfuse_loss", "unfuse_norms", "unfuse_mlps", "unfuse_attention", "unwiden_attention")
+    assert undo_speed_up(model) == undone
+    assert not any("forward" in module.__dict__ for module in model.modules())
+    assert torch.equal(model(input_ids=ids, labels=ids).loss, expected)
+    assert undo_speed_up(model) == ()
 
 
 def test_what_was_taken_before_is_not_named_again() -> None:

@@ -30,7 +30,7 @@ from qlora_rs.model import (
 )
 from qlora_rs.norms import fuse_norms, unfuse_norms
 from qlora_rs.quantize import PackedWeight, quantize
-from qlora_rs.speed_ups import speed_up
+from qlora_rs.speed_ups import speed_up, undo_speed_up
 
 __all__ = [
     "MergeReport",
@@ -59,6 +59,7 @@ __all__ = [
     "save_adapter",
     "speed_up",
     "trainable_parameters",
+    "undo_speed_up",
     "unfuse_attention",
     "unfuse_loss",
     "unfuse_mlps",

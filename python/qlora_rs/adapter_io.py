@@ -63,9 +63,22 @@ def save_adapter(
         tensors[f"{_PREFIX}{name}.lora_B.weight"] = layer.lora_B.detach().cpu().contiguous()
     scaling = json.dumps({field: config[field] for field in _SCALING_FIELDS}, sort_keys=True)
     data = safetensors.torch.save(tensors, metadata={"format": "pt", "qlora_rs.scaling": scaling})
-    write_atomically(path / WEIGHTS, data)
+    write_atomically(path / WEIGHTS, _in_order(data))
     write_json(path / CONFIG, config)
     return path
+
+
+def _in_order(data: bytes) -> bytes:
+    """The same safetensors file with its metadata sorted: equal adapters make equal files.
+
+    safetensors writes metadata in the order of a hash table that is seeded at random.
+    """
+    end = 8 + int.from_bytes(data[:8], "little")
+    header = json.loads(data[8:end])
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)  # tensors stay aligned
+    return len(text).to_bytes(8, "little") + text + data[end:]
 
 
 def _config(
@@ -161,7 +174,10 @@ def _read_config(path: Path) -> dict[str, Any]:
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise QloraError(f"{path} holds no adapter: {CONFIG} is missing") from None
+        raise QloraError(
+            f"{path} holds no adapter: {CONFIG} is missing; give the directory that save_adapter, "
+            "qlora-rs finetune (OUTPUT/adapter) or peft wrote"
+        ) from None
     except (OSError, ValueError, RecursionError) as error:
         raise QloraError(f"{file} cannot be read: {error}") from error
     if not isinstance(config, dict) or config.get("peft_type") != "LORA":
@@ -334,11 +350,16 @@ def _check_fit(
     for name, adapter in adapters.items():
         layer = modules.get(name)
         if not isinstance(layer, NF4Linear):
+            if isinstance(layer, nn.Linear):
+                raise QloraError(
+                    f"{name}, which the adapter in {path} adapts, is not quantized here (a "
+                    f"{type(layer).__name__}); call quantize_model(model) first, with a skip that "
+                    "does not name this layer"
+                )
             found = "no such layer" if layer is None else f"a {type(layer).__name__}"
-            remedy = "" if layer is None else " (quantize_model(model) comes first)"
             raise QloraError(
                 f"the adapter in {path} was made for another model: it adapts {name}, where this "
-                f"model has {found}{remedy}"
+                f"model has {found}; load the base model that it was trained on"
             )
         found_shape = (adapter.lora_b.shape[0], adapter.lora_a.shape[1])
         if found_shape != (layer.out_features, layer.in_features):

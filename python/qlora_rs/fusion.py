@@ -159,8 +159,8 @@ def remove_forwards(model: nn.Module, kind: type[OwnForward], what: str) -> None
     found = [m for m in model.modules() if isinstance(m.__dict__.get("forward"), kind)]
     if not found:
         raise QloraError(
-            f"{type(model).__name__} has no fused {what}, or their forward was replaced since (as "
-            "accelerate's hooks do); undo that first"
+            f"{type(model).__name__} has no fused {what} to undo; if they were fused, something "
+            "replaced their forward since (as accelerate's hooks do): undo that first"
         )
     for module in found:
         module.__dict__["forward"].remove()

@@ -71,8 +71,8 @@ def quantize_model(
     ]
     if not chosen:
         raise QloraError(
-            f"the model has no nn.Linear to quantize outside skip={sorted(skip)}; "
-            "is it quantized already?"
+            f"the model has no nn.Linear to quantize outside skip={sorted(skip)}; one that is "
+            "quantized already needs no second call, others a smaller skip"
         )
     for name, module in chosen:
         try:
@@ -146,7 +146,8 @@ def select_targets(model: nn.Module, target_modules: str | Iterable[str]) -> lis
     if not found:
         raise QloraError(
             f"target_modules={target_modules!r} matches none of the {len(names)} quantized "
-            f"layers, whose names look like {names[0]!r}"
+            f"layers, whose names look like {names[0]!r}; give the ends of such names, "
+            '"attention" or "all-linear"'
         )
     if not isinstance(target_modules, str):
         missing = {w for w in wanted if not any(n == w or n.endswith("." + w) for n in names)}

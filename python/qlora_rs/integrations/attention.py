@@ -58,6 +58,11 @@ def widen_attention(model: nn.Module) -> nn.Module:
     if hasattr(base, "get_base_model"):
         base = base.get_base_model()
     current = getattr(getattr(base, "config", None), "_attn_implementation", None)
+    if current is None:
+        raise QloraError(
+            f"{type(base).__name__} does not say how it computes attention, as models of "
+            "transformers do; leave widen_attention out"
+        )
     if current != "sdpa":
         raise QloraError(
             f"{type(base).__name__} computes attention by {current!r}, and torch's is the one that "
@@ -85,7 +90,10 @@ def unwiden_attention(model: nn.Module) -> nn.Module:
     check_model(model)
     widened = [m for m in model.modules() if _MARK in m.__dict__]
     if not widened:
-        raise QloraError(f"{type(model).__name__} has no widened attention to undo")
+        raise QloraError(
+            f"{type(model).__name__} has no widened attention to undo; widen_attention(model) "
+            "was not called, or it was undone"
+        )
     for layer in widened:
         del layer.__dict__[_MARK]
     return model

@@ -61,13 +61,21 @@ def load_base_model(path: str | Path, dtype: str = "bfloat16") -> BaseModel:
                 )
             else:
                 model = _load_gguf(path, getattr(torch, dtype), transformers)
-            tokenizer = _load_tokenizer(path, transformers)
     except QloraError:
         raise
     except Exception as error:  # transformers raises OSError, ValueError, KeyError, struct.error...
-        reason = str(error).strip().split("\n")[0] or type(error).__name__
         raise QloraError(
-            f"{path} could not be loaded as a causal language model: {reason}"
+            f"{path} could not be loaded as a causal language model: {_reason(error)}"
+        ) from error
+    try:
+        with quiet_libraries():
+            tokenizer = _load_tokenizer(path, transformers)
+    except QloraError:
+        raise
+    except Exception as error:
+        raise QloraError(
+            f"the tokenizer of {path} could not be loaded ({_reason(error)}); put the model's "
+            "tokenizer.json and tokenizer_config.json beside its weights"
         ) from error
     model.eval()
     return BaseModel(model, tokenizer, path)
@@ -154,6 +162,11 @@ def load_tokenizer(path: str | Path) -> Any:
     path = check_model_path(path)
     with quiet_libraries():
         return _load_tokenizer(path, import_transformers())
+
+
+def _reason(error: Exception) -> str:
+    """The first line of what a library says, in one sentence with ours."""
+    return str(error).strip().split("\n")[0].rstrip(": ") or type(error).__name__
 
 
 def _load_tokenizer(path: Path, transformers: Any) -> Any:

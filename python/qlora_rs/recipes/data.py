@@ -185,7 +185,8 @@ def _messages(value: Any) -> tuple[tuple[str, str], ...]:
     turns = tuple(_message(item, place) for place, item in enumerate(value, start=1))
     if len(turns) < 2:
         raise LineError(
-            f'"messages" has {len(turns)} message(s), expected at least a question and an answer'
+            f'"messages" has {len(turns)} message(s), expected at least a question and an answer, '
+            'as in [{"role": "user", "content": "2 + 2"}, {"role": "assistant", "content": "4"}]'
         )
     if turns[-1][0] != "assistant":
         raise LineError(f'the last message has role "{turns[-1][0]}", expected "assistant"')

@@ -33,7 +33,10 @@ def check_base_path(model: str | Path) -> None:
 def check_adapter_path(adapter: str | Path) -> None:
     """Refuse what is no adapter directory."""
     if not (Path(adapter) / "adapter_config.json").is_file():
-        raise QloraError(f"{adapter} is not an adapter directory (no adapter_config.json)")
+        raise QloraError(
+            f"{adapter} is not an adapter directory (no adapter_config.json); give the one that "
+            "qlora-rs finetune (OUTPUT/adapter), save_adapter or peft wrote"
+        )
 
 
 def check_paths(

@@ -84,10 +84,14 @@ def refuse_existing(output: Path, overwrite: bool, kind: FolderKind = RUN) -> No
         return
     if not overwrite:
         ways = ["--overwrite to start again", "or another --output"]
-        if kind is RUN and is_ours(output):
-            ways.insert(0, "--resume to continue it")
         found = f"{len(entries)} " + ("entry" if len(entries) == 1 else "entries")
-        raise QloraError(f"{output} exists and holds {found}; use {', '.join(ways)}")
+        found = f"{output} exists and holds {found}"
+        if kind is RUN and is_ours(output):
+            if (output / SUMMARY_FILE).exists():
+                found = f"{output} holds a run that is complete"
+            else:
+                ways.insert(0, "--resume to continue it")
+        raise QloraError(f"{found}; use {', '.join(ways)}")
     if not is_ours(output, kind):
         raise QloraError(
             f"{output} was not made by qlora-rs {kind.command} (no {kind.marker} of ours), so "

@@ -102,6 +102,12 @@ class AnswerTrainer(SFTTrainer):
         self.remove_callback(PrinterCallback)
         self._takes_positions = "logits_to_keep" in inspect.signature(self.model.forward).parameters
 
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        """Without warm-up where its share is less than a step, which would be one at rate zero."""
+        if self.args.warmup_steps * num_training_steps < 1:
+            self.args.warmup_steps = 0
+        return super().create_scheduler(num_training_steps, optimizer)
+
     # ---- loss ------------------------------------------------------------------------------
 
     def compute_loss(
