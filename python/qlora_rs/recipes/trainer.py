@@ -1,11 +1,12 @@
 """trl's SFTTrainer with the loss computed where the answers are, and checkpoints without pickle.
 
 The training loop, packing, schedule, clipping and accumulation are trl's and transformers' own.
-Three things differ, each by overriding a method here and nothing by patching a library:
+Four things differ, each by overriding a method here and nothing by patching a library:
 
 - ``compute_loss`` runs the LM head only on positions that predict an answer token, without holding
   its logits where ``fuse_loss`` fits the model. trl scores every position on a CPU, where the head
   is a large part of a small model's step.
+- a warm-up of less than one step is none.
 - ``evaluate`` reports the mean over answer tokens, not the mean of the rows' means.
 - checkpoints go through ``checkpoint.py`` instead of torch.save and torch.load.
 """
@@ -134,8 +135,9 @@ class AnswerTrainer(SFTTrainer):
         others = {name: value for name, value in inputs.items() if name != "labels"}
         with deferred_logits(self.model):
             outputs = model(**{**others, "use_cache": False, "logits_to_keep": positions})
+        logits = outputs.logits.float()
         loss = functional.cross_entropy(
-            outputs.logits.float().reshape(-1, vocabulary),
+            logits.reshape(-1, logits.shape[-1]),
             targets[:, positions].flatten(),
             ignore_index=IGNORED,
             reduction="sum",
