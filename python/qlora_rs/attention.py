@@ -44,10 +44,10 @@ def fuse_attention(model: nn.Module) -> nn.Module:
     this after it) and no bias.
     Results are equal to the bit, and gradients too where nothing else takes the attention's x
     (after a norm, that is; sums of more than its three parts have another order). Projections
-    with dropout, hooks or another compute_dtype, autocast, other devices, positions of another
-    type, heads turned in part and torch.compile take the model's own way, and so does everything
-    if another `apply_rotary_pos_emb` is put into transformers later. Saved weights never know of
-    it; `copy.deepcopy` and pickle keep it.
+    with dropout, hooks or another compute_dtype, and all under autocast, go one by one; other
+    devices, positions of another type, heads turned in part and torch.compile take the model's own
+    way, and so does everything if another `apply_rotary_pos_emb` is put into transformers later.
+    Saved weights never know of it; `copy.deepcopy` and pickle keep it.
     Returns the model. Raises QloraError where there is nothing to fuse, or where it is fused
     already.
 
@@ -113,6 +113,8 @@ class FusedAttention(OwnForward):
 
     def _projected(self, x: Any) -> _Ready | None:
         """What is ready for each projection; None where they are to be computed one by one."""
+        if not torch.is_grad_enabled():  # graph nodes are what it saves
+            return None
         layers = _projections(self.module)
         if not isinstance(x, Tensor) or not all(map(_is_usual, layers)):
             return None

@@ -109,14 +109,13 @@ def product(layer: NF4Linear, x: Tensor, scaling: float | None) -> Tensor | None
 
 
 def products(layers: Sequence[NF4Linear], x: Tensor) -> Sequence[Tensor] | None:
-    """`product`, with adapters and gradients, of layers that take the same x, in one step.
+    """`product`, with adapters and gradients, of layers that take the same x, as one graph node.
 
-    None where this way does not lead there, or there is nothing to be differentiated: graph nodes
-    are what it saves. Dropout is the caller's to exclude.
+    None where this way does not lead there. That gradients are on and dropout is off is the
+    caller's to see to.
     """
     if (
-        not _grad_enabled()
-        or not ops.runs_directly(x)
+        not ops.runs_directly(x)
         or not x.is_cpu
         or not x.is_contiguous()
         or _autocast_enabled("cpu")
