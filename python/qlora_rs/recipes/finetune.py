@@ -166,7 +166,8 @@ class _Run:
         with stop_on_signals(self.progress, what) as stop, base_model.quiet_libraries():
             log_file = self.output / folder.LOG_FILE
             callback = RunCallback(log_file, self.progress, stop)
-            forward = self.base.model.__dict__.get("forward")
+            held = self.base.model.__dict__
+            forward = held.get("forward")
             try:
                 trainer = self._trainer(callback)
                 callback.open_log(found.step if found.path else -1)
@@ -185,10 +186,9 @@ class _Run:
                     trainer.evaluate()
             finally:
                 callback.close()
-                # trl's trainer has put its own around it.
-                self.base.model.__dict__["forward"] = forward
-                if forward is None:
-                    del self.base.model.__dict__["forward"]
+                held.pop("forward", None)  # trl's trainer has put its own around it
+                if forward is not None:
+                    held["forward"] = forward
         return self._finish(trainer, callback)
 
     def _trainer(self, callback: Any) -> Any:
