@@ -3,9 +3,9 @@
 //! All functions here are reached through [`KERNELS`] alone, and [`detect`] hands that table out
 //! only where the CPU has the features: that is the argument of every `unsafe` call below.
 
-use super::{Kernels, PREPARED_MULTIPLE, PanelKernels, Strip};
-use super::{avx2_gemm, crossover, fetch_ahead, gated, portable, softmax};
-use crate::codebook::{BOUNDARIES, LEVELS};
+use super::{Kernels, PanelKernels, avx2_decode, avx2_gemm, avx2_linear};
+use super::{crossover, gated, portable, softmax};
+use crate::codebook::BOUNDARIES;
 use crate::quantize::SMALLEST_ABSMAX;
 use half::{bf16, f16};
 use std::arch::x86_64::*;
@@ -32,30 +32,38 @@ static KERNELS: Kernels = Kernels {
     quantize_blocks: |w, block_size, codes, absmax| unsafe { quantize_blocks(w, block_size, codes, absmax) },
     // SAFETY: as above.
     dequantize_f32: |codes, absmax, block_size, out| unsafe {
-        dequantize_f32(codes, absmax, block_size, out);
+        avx2_decode::dequantize_f32(codes, absmax, block_size, out);
     },
     // SAFETY: as above.
     dequantize_f16: |codes, absmax, block_size, out| unsafe {
-        dequantize_f16(codes, absmax, block_size, out);
+        avx2_decode::dequantize_f16(codes, absmax, block_size, out);
     },
     // SAFETY: as above.
     dequantize_bf16: |codes, absmax, block_size, out| unsafe {
-        dequantize_bf16(codes, absmax, block_size, out);
+        avx2_decode::dequantize_bf16(codes, absmax, block_size, out);
     },
     decode_absmax: portable::decode_absmax,
     // SAFETY: as above.
-    matrix_vector: |matrix, x, out| unsafe { matrix_vector(matrix, x, out) },
-    prepare_f32: portable::KERNELS.prepare_f32,
+    matrix_vector: |matrix, x, out| unsafe { avx2_linear::matrix_vector(matrix, x, out) },
+    prepare_f32: avx2_linear::prepare_f32,
     // SAFETY: as above.
-    linear_f32: |x, strip, out| unsafe { linear_f32(x, strip, out) },
+    linear_f32: |x, strip, out| unsafe { avx2_linear::linear_f32(x, strip, out) },
     panels_f32: PanelKernels {
         // SAFETY: as above.
         multiply: |block, sums| unsafe { avx2_gemm::multiply_f32(block, sums) },
-        decode: None,
+        decode: Some((
+            // SAFETY: as above.
+            |run, row, tiles| unsafe { avx2_decode::left_f32(run, row, tiles) },
+            // SAFETY: as above.
+            |runs, word, steps, tiles| unsafe { avx2_decode::right_f32(runs, word, steps, tiles) },
+        )),
     },
-    transpose: portable::KERNELS.transpose,
-    finish_f32: portable::KERNELS.finish_f32,
-    finish_bf16: portable::KERNELS.finish_bf16,
+    // SAFETY: as above.
+    transpose: |tile| unsafe { avx2_gemm::transpose(tile) },
+    // SAFETY: as above.
+    finish_f32: |sums, transpose, bias, out| unsafe { avx2_gemm::finish_f32(sums, transpose, bias, out) },
+    // SAFETY: as above.
+    finish_bf16: |sums, transpose, bias, out| unsafe { avx2_gemm::finish_bf16(sums, transpose, bias, out) },
     few_rows: crossover::AVX2,
     bf16: None,
 };
@@ -155,213 +163,5 @@ fn quantize_blocks(weights: &[f32], block_size: usize, codes: &mut [u8], absmax:
             codes[2] = _mm_extract_epi8::<0>(high) as u8;
             codes[3] = _mm_extract_epi8::<8>(high) as u8;
         }
-    }
-}
-
-/// A table of 16 floats, looked up by the low four bits of each 32-bit lane.
-#[derive(Clone, Copy)]
-struct Table {
-    low: __m256,
-    high: __m256,
-}
-
-impl Table {
-    #[inline]
-    #[target_feature(enable = "avx2")]
-    fn scaled(absmax: f32) -> Self {
-        // SAFETY: eight floats are read from each half of an array of 16.
-        let [low, high] = [0, 8].map(|i| unsafe { _mm256_loadu_ps(LEVELS.as_ptr().add(i)) });
-        let scale = _mm256_set1_ps(absmax);
-        Self { low: _mm256_mul_ps(low, scale), high: _mm256_mul_ps(high, scale) }
-    }
-
-    #[inline]
-    #[target_feature(enable = "avx2")]
-    fn look_up(self, index: __m256i) -> __m256 {
-        // The permute looks at three bits; the fourth, moved to the sign, chooses the half.
-        let low = _mm256_permutevar8x32_ps(self.low, index);
-        let high = _mm256_permutevar8x32_ps(self.high, index);
-        _mm256_blendv_ps(low, high, _mm256_castsi256_ps(_mm256_slli_epi32::<28>(index)))
-    }
-
-    /// The 16 weights of eight bytes, in order.
-    #[inline]
-    #[target_feature(enable = "avx2")]
-    fn decode(self, codes: &[u8; 8]) -> [__m256; 2] {
-        // SAFETY: the array holds the 8 bytes that are read.
-        let bytes = _mm256_cvtepu8_epi32(unsafe { _mm_loadl_epi64(codes.as_ptr().cast()) });
-        let even = self.look_up(_mm256_srli_epi32::<4>(bytes));
-        let odd = self.look_up(bytes);
-        let (low, high) = (_mm256_unpacklo_ps(even, odd), _mm256_unpackhi_ps(even, odd));
-        [_mm256_permute2f128_ps::<0x20>(low, high), _mm256_permute2f128_ps::<0x31>(low, high)]
-    }
-}
-
-#[target_feature(enable = "avx2")]
-fn dequantize_f32(codes: &[u8], absmax: &[f32], block_size: usize, out: &mut [f32]) {
-    let blocks = codes.chunks_exact(block_size / 2).zip(out.chunks_exact_mut(block_size));
-    for ((codes, out), &absmax) in blocks.zip(absmax) {
-        let table = Table::scaled(absmax);
-        for (codes, out) in codes.as_chunks::<8>().0.iter().zip(out.as_chunks_mut::<16>().0) {
-            let [first, second] = table.decode(codes);
-            // SAFETY: two vectors of 8 floats are written to an array of 16.
-            unsafe {
-                _mm256_storeu_ps(out.as_mut_ptr(), first);
-                _mm256_storeu_ps(out.as_mut_ptr().add(8), second);
-            }
-        }
-    }
-}
-
-#[target_feature(enable = "avx2")]
-fn dequantize_bf16(codes: &[u8], absmax: &[f32], block_size: usize, out: &mut [bf16]) {
-    let blocks = codes.chunks_exact(block_size / 2).zip(out.chunks_exact_mut(block_size));
-    for ((codes, out), &absmax) in blocks.zip(absmax) {
-        let table = LEVELS.map(|level| bf16::from_f32(level * absmax).to_bits());
-        // SAFETY: bf16 is a transparent u16, and the slice covers the whole block.
-        let out = unsafe { std::slice::from_raw_parts_mut(out.as_mut_ptr().cast::<u16>(), out.len()) };
-        look_up_16_bit(codes, &table, out);
-    }
-}
-
-#[target_feature(enable = "avx2,f16c")]
-fn dequantize_f16(codes: &[u8], absmax: &[f32], block_size: usize, out: &mut [f16]) {
-    let blocks = codes.chunks_exact(block_size / 2).zip(out.chunks_exact_mut(block_size));
-    for ((codes, out), &absmax) in blocks.zip(absmax) {
-        let table = LEVELS.map(|level| f16::from_f32(level * absmax).to_bits());
-        // SAFETY: f16 is a transparent u16, and the slice covers the whole block.
-        let out = unsafe { std::slice::from_raw_parts_mut(out.as_mut_ptr().cast::<u16>(), out.len()) };
-        look_up_16_bit(codes, &table, out);
-    }
-}
-
-/// Write `table[code]` for each code, 32 weights per step: one byte shuffle per half of an entry.
-#[inline]
-#[target_feature(enable = "avx2")]
-fn look_up_16_bit(codes: &[u8], table: &[u16; 16], out: &mut [u16]) {
-    let half = |shift: u32| {
-        let bytes = table.map(|entry| (entry >> shift) as u8);
-        // SAFETY: the array holds the 16 bytes that are read.
-        _mm256_broadcastsi128_si256(unsafe { _mm_loadu_si128(bytes.as_ptr().cast()) })
-    };
-    let (low_bytes, high_bytes) = (half(0), half(8));
-    let nibble = _mm_set1_epi8(15);
-    for (codes, out) in codes.as_chunks::<16>().0.iter().zip(out.as_chunks_mut::<32>().0) {
-        // SAFETY: the array holds the 16 bytes that are read.
-        let bytes = unsafe { _mm_loadu_si128(codes.as_ptr().cast()) };
-        let even = _mm_and_si128(_mm_srli_epi16::<4>(bytes), nibble);
-        let odd = _mm_and_si128(bytes, nibble);
-        let index = _mm256_set_m128i(_mm_unpackhi_epi8(even, odd), _mm_unpacklo_epi8(even, odd));
-        let (low, high) = (_mm256_shuffle_epi8(low_bytes, index), _mm256_shuffle_epi8(high_bytes, index));
-        // Interleaving works within 128-bit halves: put them back in order.
-        let (first, second) = (_mm256_unpacklo_epi8(low, high), _mm256_unpackhi_epi8(low, high));
-        // SAFETY: two vectors of 16 values are written to an array of 32.
-        unsafe {
-            _mm256_storeu_si256(out.as_mut_ptr().cast(), _mm256_permute2x128_si256::<0x20>(first, second));
-            _mm256_storeu_si256(
-                out.as_mut_ptr().add(16).cast(),
-                _mm256_permute2x128_si256::<0x31>(first, second),
-            );
-        }
-    }
-}
-
-#[inline]
-#[target_feature(enable = "avx2")]
-fn sum_of_lanes(v: __m256) -> f32 {
-    let four = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps::<1>(v));
-    let two = _mm_add_ps(four, _mm_movehl_ps(four, four));
-    _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)))
-}
-
-#[target_feature(enable = "avx2,fma")]
-fn matrix_vector(matrix: &[f32], x: &[f32], out: &mut [f32]) {
-    assert_eq!(matrix.len(), out.len() * x.len(), "a row per result");
-    let (fours, rest) = out.as_chunks_mut::<4>();
-    for (i, out) in fours.iter_mut().enumerate() {
-        *out = row_sums::<4, 2>(&matrix[i * 4 * x.len()..][..4 * x.len()], x);
-    }
-    let matrix = &matrix[matrix.len() - rest.len() * x.len()..];
-    for (i, out) in rest.iter_mut().enumerate() {
-        [*out] = row_sums::<1, 4>(&matrix[i * x.len()..][..x.len()], x);
-    }
-}
-
-/// `R` rows times x; `U` vectors of a row are summed apart, since a multiply-add takes some cycles.
-#[inline]
-#[target_feature(enable = "avx2,fma")]
-fn row_sums<const R: usize, const U: usize>(rows: &[f32], x: &[f32]) -> [f32; R] {
-    assert_eq!(rows.len(), R * x.len());
-    let mut sums = [[_mm256_setzero_ps(); U]; R];
-    let (unrolled, whole) = (x.len() / (8 * U) * (8 * U), x.len() / 8 * 8);
-    // SAFETY: both callers below stay 8 floats inside x, and each of the R rows is as long as x.
-    let load = |values: &[f32], at: usize| unsafe { _mm256_loadu_ps(values.as_ptr().add(at)) };
-    for start in (0..unrolled).step_by(8 * U) {
-        for u in 0..U {
-            let factor = load(x, start + 8 * u);
-            for r in 0..R {
-                sums[r][u] = _mm256_fmadd_ps(load(rows, r * x.len() + start + 8 * u), factor, sums[r][u]);
-            }
-        }
-    }
-    for start in (unrolled..whole).step_by(8) {
-        let factor = load(x, start);
-        for r in 0..R {
-            sums[r][0] = _mm256_fmadd_ps(load(rows, r * x.len() + start), factor, sums[r][0]);
-        }
-    }
-    std::array::from_fn(|r| {
-        let row = &rows[r * x.len()..][whole..x.len()];
-        let rest: f32 = row.iter().zip(&x[whole..]).map(|(a, b)| a * b).sum();
-        sum_of_lanes(sums[r].into_iter().fold(_mm256_setzero_ps(), |sum, part| _mm256_add_ps(sum, part)))
-            + rest
-    })
-}
-
-/// One row at a time, its weights decoded in registers and used for up to four tokens.
-#[target_feature(enable = "avx2,fma")]
-fn linear_f32(x: &[f32], strip: &Strip<'_>, out: &mut [f32]) {
-    let prepared = strip.columns.next_multiple_of(PREPARED_MULTIPLE);
-    assert!(x.len() == prepared * strip.tokens);
-    let rows = strip.codes.chunks_exact(strip.columns / 2).zip(strip.absmax.chunks_exact(strip.blocks()));
-    for ((codes, absmax), out) in rows.zip(out.chunks_exact_mut(strip.tokens)) {
-        for (x, out) in x.chunks(4 * prepared).zip(out.chunks_mut(4)) {
-            match out.len() {
-                1 => row_of_products::<1>(x, prepared, codes, absmax, strip.block_size, out),
-                2 => row_of_products::<2>(x, prepared, codes, absmax, strip.block_size, out),
-                3 => row_of_products::<3>(x, prepared, codes, absmax, strip.block_size, out),
-                _ => row_of_products::<4>(x, prepared, codes, absmax, strip.block_size, out),
-            }
-        }
-    }
-}
-
-#[inline]
-#[target_feature(enable = "avx2,fma")]
-fn row_of_products<const M: usize>(
-    x: &[f32],
-    prepared: usize,
-    codes: &[u8],
-    absmax: &[f32],
-    block_size: usize,
-    out: &mut [f32],
-) {
-    let mut sums = [[_mm256_setzero_ps(); 2]; M];
-    for (block, (codes, &absmax)) in codes.chunks_exact(block_size / 2).zip(absmax).enumerate() {
-        let table = Table::scaled(absmax);
-        fetch_ahead(codes.as_ptr());
-        for (i, codes) in codes.as_chunks::<8>().0.iter().enumerate() {
-            let [first, second] = table.decode(codes);
-            for (m, sums) in sums.iter_mut().enumerate() {
-                let x = &x[m * prepared + block * block_size + i * 16..][..16];
-                // SAFETY: two vectors of 8 floats are read from a slice of 16.
-                let [x_first, x_second] = [0, 8].map(|i| unsafe { _mm256_loadu_ps(x.as_ptr().add(i)) });
-                sums[0] = _mm256_fmadd_ps(first, x_first, sums[0]);
-                sums[1] = _mm256_fmadd_ps(second, x_second, sums[1]);
-            }
-        }
-    }
-    for (sums, out) in sums.iter().zip(out) {
-        *out = sum_of_lanes(_mm256_add_ps(sums[0], sums[1]));
     }
 }
