@@ -144,6 +144,41 @@ def test_a_weight_that_changes_before_backward_is_refused() -> None:
             y.sum().backward()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("size", [(), (3,), (0,), (2, 40)])
+def test_a_frozen_layer_passes_the_same_gradient_on(dtype, size, monkeypatch) -> None:
+    frozen = layer().without_adapter()
+    x = torch.randn(*size, 128).to(dtype).requires_grad_()
+    grad = torch.randn(*size, 48).to(dtype)
+    y = frozen(x)
+    assert y.grad_fn.name() == "_FrozenStepBackward"
+    (found,) = torch.autograd.grad(y, x, grad)
+    with monkeypatch.context() as patch:
+        patch.setattr(shortcut, "product", lambda *_: None)
+        expected = frozen(x)
+        assert torch.equal(y, expected)
+        assert torch.equal(found, *torch.autograd.grad(expected, x, grad))
+
+
+def test_a_frozen_layer_is_differentiated_as_often_as_wanted() -> None:
+    frozen, x = layer().without_adapter(), torch.randn(2, 128, requires_grad=True)
+    weight = frozen.dequantize(torch.float64)
+    (grad,) = torch.autograd.grad(frozen(x).square().sum(), x, create_graph=True)
+    assert torch.allclose(grad.double(), 2 * x.double() @ weight.t() @ weight, atol=1e-3)
+    (second,) = torch.autograd.grad(grad.sum(), x)
+    exact = 2 * torch.ones(2, 128, dtype=torch.float64) @ weight.t() @ weight
+    assert torch.allclose(second.double(), exact, atol=1e-3)
+    grads = torch.randn(3, 2, 48)
+    batched = torch.autograd.grad(frozen(x), x, grads, is_grads_batched=True)[0]
+    for got, one in zip(batched, grads, strict=True):
+        assert torch.allclose(got, *torch.autograd.grad(frozen(x), x, one), atol=1e-4)
+    y = frozen(x)
+    with torch.no_grad():
+        frozen.absmax.add_(0)
+    with pytest.raises(QloraError, match="modified after the forward pass"):
+        y.sum().backward()
+
+
 def test_the_packed_weight_is_not_among_the_saved_tensors() -> None:
     made, x = layer(), torch.randn(2, 128, requires_grad=True)
     kept: list[Tensor] = []
@@ -173,8 +208,6 @@ def test_no_answer_where_the_usual_way_is_needed() -> None:
         return shortcut.product(which, given, which.scaling) is None
 
     assert refused(x.requires_grad_(), layer(bias=True))  # its gradient might be wanted
-    base = layer().without_adapter()
-    assert shortcut.product(base, x, None) is None
     x = x.detach()
     with torch.no_grad():
         assert not refused()

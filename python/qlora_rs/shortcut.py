@@ -74,9 +74,9 @@ def product(layer: NF4Linear, x: Tensor, scaling: float | None) -> Tensor | None
             x.requires_grad or (bias is not None and bias.requires_grad) or scaling is not None
         )
         if trains:
-            if scaling is None or bias is not None:
+            if bias is not None:
                 return None
-            step = operands(layer)
+            step = (_weight(layer, 0.0),) if scaling is None else operands(layer)
         else:
             packed = tuple([held[name] for name in PACKED])
             if scaling is not None:
@@ -103,7 +103,7 @@ def product(layer: NF4Linear, x: Tensor, scaling: float | None) -> Tensor | None
     except NOT_THIS_WAY:
         return None
     try:
-        return _Step.apply(x, *step)
+        return (_FrozenStep if scaling is None else _Step).apply(x, *step)
     except Elsewhere:
         return None
 
@@ -143,11 +143,14 @@ def products(layers: Sequence[NF4Linear], x: Tensor) -> Sequence[Tensor] | None:
 
 def operands(layer: Any) -> tuple[Weight, Tensor, Tensor]:
     """What `forward` takes of an adapted layer; raises one of NOT_THIS_WAY where it cannot."""
+    return _weight(layer, layer.scaling), *_factors(layer)
+
+
+def _weight(layer: Any, scaling: float) -> Weight:
     held = layer._parameters
     packed = tuple([held[name] for name in PACKED])
     size = (layer.out_features, layer.in_features)
-    versions = _versions(packed)
-    return Weight(packed, size, layer.block_size, layer.scaling, versions), *_factors(layer)
+    return Weight(packed, size, layer.block_size, scaling, _versions(packed))
 
 
 def _factors(layer: Any) -> tuple[Tensor, Tensor]:
@@ -222,23 +225,48 @@ def backward_product(
 def _multiply(
     transposed: bool, x: Tensor, weight: Weight, lora_a: Tensor, lora_b: Tensor
 ) -> tuple[Tensor, Tensor]:
-    (features, columns), dtype = weight.size, x.dtype
-    rows, rank = math.prod(x.shape[:-1]), lora_a.size(0)
-    out = _empty(*x.shape[:-1], columns if transposed else features, dtype=dtype)
-    hidden = _empty(rows, rank, dtype=dtype)
+    rank = lora_a.size(0)
+    hidden = _empty(math.prod(x.shape[:-1]), rank, dtype=x.dtype)
+    adapter = (to_dlpack(lora_a), to_dlpack(lora_b), rank, weight.scaling, to_dlpack(hidden))
+    return _product(transposed, x, weight, adapter), hidden
+
+
+def _product(transposed: bool, x: Tensor, weight: Weight, adapter: tuple | None) -> Tensor:
+    out = _empty(*x.shape[:-1], weight.size[int(transposed)], dtype=x.dtype)
     _rust.multiply(
         transposed,
         to_dlpack(x),
-        rows,
+        math.prod(x.shape[:-1]),
         _capsules(weight.packed),
         weight.size,
         weight.block_size,
-        (to_dlpack(lora_a), to_dlpack(lora_b), rank, weight.scaling, to_dlpack(hidden)),
+        adapter,
         None,
         to_dlpack(out),
         _threads(),
     )
-    return out, hidden
+    return out
+
+
+class _FrozenStep(torch.autograd.Function):
+    """y = x Wᵀ and dX = dY W: a layer without an adapter, through which gradients pass."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Weight) -> Tensor:
+        try:
+            y = _product(False, x, weight, None)
+        # Raised before anything is computed, as in `forward`.
+        except NOT_THIS_WAY as error:
+            raise Elsewhere from error
+        ctx.weight = weight
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple:
+        ctx.weight.check_unchanged()
+        if is_plain(grad, grad):
+            return _product(True, grad, ctx.weight, None), None
+        return autograd._kernel("linear_backward", grad)(grad, *ctx.weight.arguments()), None
 
 
 class _Step(torch.autograd.Function):
