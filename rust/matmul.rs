@@ -21,7 +21,7 @@ pub fn write<T: Element>(
     hidden: &mut [T],
     threads: usize,
 ) -> Result<(), Error> {
-    let few = product.tokens <= kernels.few_rows[usize::from(in_bf16::<T>(kernels))];
+    let few = product.tokens <= kernels.few_rows[usize::from(T::as_bf16(&[]).is_some())];
     if few && product.direction == Direction::Forward {
         few_rows::write(product, kernels, out, hidden, threads)
     } else {

@@ -130,7 +130,9 @@ pub struct Kernels {
     /// Reorder one row of activations into the order in which `linear_f32` meets the weights; the
     /// output is padded with zeros to [`PREPARED_MULTIPLE`].
     pub prepare_f32: fn(&[f32], &mut [f32]),
-    /// Products with rows of packed weights, activations prepared by `prepare_f32`.
+    /// Products with rows of packed weights, activations prepared by `prepare_f32`. An absmax may multiply
+    /// the sum of a block's products, so activations from 1e36 on may give infinity or NaN where each
+    /// product by itself is finite.
     pub linear_f32: Linear<f32>,
     /// Products of panels of f32.
     pub panels_f32: PanelKernels,
@@ -299,5 +301,7 @@ fn choose(requested: Option<&str>) -> Result<&'static Kernels, Error> {
     }
 }
 
+#[cfg(test)]
+mod panel_tests;
 #[cfg(test)]
 mod tests;

@@ -168,10 +168,26 @@ def test_a_frozen_layer_is_differentiated_as_often_as_wanted() -> None:
     (second,) = torch.autograd.grad(grad.sum(), x)
     exact = 2 * torch.ones(2, 128, dtype=torch.float64) @ weight.t() @ weight
     assert torch.allclose(second.double(), exact, atol=1e-3)
+    # A gradient with gaps (here: one number for all), and several at once.
+    (summed,) = torch.autograd.grad(frozen(x).sum(), x)
+    assert torch.allclose(summed.double(), weight.sum(0).expand(2, 128), atol=1e-4)
     grads = torch.randn(3, 2, 48)
     batched = torch.autograd.grad(frozen(x), x, grads, is_grads_batched=True)[0]
     for got, one in zip(batched, grads, strict=True):
         assert torch.allclose(got, *torch.autograd.grad(frozen(x), x, one), atol=1e-4)
+    wide = x.detach().double().requires_grad_()
+    assert torch.allclose(
+        torch.autograd.grad(frozen(wide).sum(), wide)[0], summed.double(), atol=1e-4
+    )
+    for reentrant in (True, False):
+        y = torch.utils.checkpoint.checkpoint(frozen, x, use_reentrant=reentrant)
+        x.grad = None
+        y.sum().backward()
+        assert torch.equal(x.grad, summed)
+
+
+def test_a_frozen_weight_that_changes_before_backward_is_refused() -> None:
+    frozen, x = layer().without_adapter(), torch.randn(2, 128, requires_grad=True)
     y = frozen(x)
     with torch.no_grad():
         frozen.absmax.add_(0)

@@ -173,7 +173,8 @@ def _capsules(packed: tuple) -> tuple:
 
 
 class Weight(NamedTuple):
-    """A packed weight, what its adapter is scaled by, and how often each part was written to."""
+    """A packed weight, what its adapter is scaled by (0 without one), and how often each part was
+    written to."""
 
     packed: tuple
     size: tuple[int, int]
@@ -228,10 +229,10 @@ def _multiply(
     rank = lora_a.size(0)
     hidden = _empty(math.prod(x.shape[:-1]), rank, dtype=x.dtype)
     adapter = (to_dlpack(lora_a), to_dlpack(lora_b), rank, weight.scaling, to_dlpack(hidden))
-    return _product(transposed, x, weight, adapter), hidden
+    return _call(transposed, x, weight, adapter), hidden
 
 
-def _product(transposed: bool, x: Tensor, weight: Weight, adapter: tuple | None) -> Tensor:
+def _call(transposed: bool, x: Tensor, weight: Weight, adapter: tuple | None) -> Tensor:
     out = _empty(*x.shape[:-1], weight.size[int(transposed)], dtype=x.dtype)
     _rust.multiply(
         transposed,
@@ -249,12 +250,15 @@ def _product(transposed: bool, x: Tensor, weight: Weight, adapter: tuple | None)
 
 
 class _FrozenStep(torch.autograd.Function):
-    """y = x Wᵀ and dX = dY W: a layer without an adapter, through which gradients pass."""
+    """y = x Wᵀ and dX = dY W: a layer without an adapter, through which gradients pass.
+
+    It saves no tensor (see `_Step`), so gradients may be asked for as often as wanted.
+    """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Weight) -> Tensor:
         try:
-            y = _product(False, x, weight, None)
+            y = _call(False, x, weight, None)
         # Raised before anything is computed, as in `forward`.
         except NOT_THIS_WAY as error:
             raise Elsewhere from error
@@ -263,10 +267,15 @@ class _FrozenStep(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple:
-        ctx.weight.check_unchanged()
-        if is_plain(grad, grad):
-            return _product(True, grad, ctx.weight, None), None
-        return autograd._kernel("linear_backward", grad)(grad, *ctx.weight.arguments()), None
+        weight = ctx.weight
+        weight.check_unchanged()
+        if not _grad_enabled() and grad.is_contiguous() and ops.runs_directly(grad):
+            try:
+                return _call(True, grad, weight, None), None
+            # A weight that was moved, say: the usual way says so.
+            except NOT_THIS_WAY:
+                pass
+        return autograd._kernel("linear_backward", grad)(grad, *weight.arguments()), None
 
 
 class _Step(torch.autograd.Function):

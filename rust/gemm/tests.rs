@@ -22,6 +22,7 @@ struct Case {
     tokens: usize,
     rows: usize,
     columns: usize,
+    block_size: usize,
     rank: usize,
     with_bias: bool,
     seed: u64,
@@ -32,14 +33,15 @@ type Write<T> = fn(&Product<'_, T>, &Kernels, &mut [T], &mut [T], usize) -> Resu
 
 /// `rounding` is half a unit in the last place of T, `error` that of a sum of products.
 fn check<T: Element>(case: Case, write: Write<T>, rounding: f64, error: f64) -> Result<(), TestCaseError> {
-    let Case { direction, tokens, rows, columns, rank, with_bias, seed } = case;
+    let Case { direction, tokens, rows, columns, block_size, rank, with_bias, seed } = case;
     let mut next = numbers(seed);
     let mut take = |count: usize| -> Vec<T> { (0..count).map(|_| T::from_f32(next())).collect() };
-    let blocks = (rows * columns).div_ceil(64);
+    let blocks = (rows * columns).div_ceil(block_size);
     let absmax: Vec<f32> = take(blocks).iter().map(|a| a.to_f32().abs()).collect();
     let codes: Vec<u8> =
         take((rows * columns).div_ceil(2)).iter().map(|c| ((c.to_f32() + 1.0) * 127.0) as u8).collect();
-    let matrix = PackedMatrix::new(&codes, Scales::Single(&absmax), rows, columns, 64).expect("it fits");
+    let matrix =
+        PackedMatrix::new(&codes, Scales::Single(&absmax), rows, columns, block_size).expect("it fits");
     let forward = direction == Direction::Forward;
     let (outputs, depth) = if forward { (rows, columns) } else { (columns, rows) };
     let (x, bias) = (take(tokens * depth), take(outputs));
@@ -111,12 +113,13 @@ proptest! {
         tokens in prop_oneof![12 => 1..70_usize, 1 => Just(513)],
         rows in prop_oneof![3 => 1..80_usize, 1 => 1..300_usize],
         columns in prop_oneof![2 => 1..80_usize, 1 => 1..300_usize, 1 => Just(64), 1 => Just(576), 1 => Just(704)],
+        block_size in prop_oneof![3 => Just(64_usize), 2 => Just(32), 1 => Just(128), 1 => Just(4096)],
         rank in prop_oneof![Just(0_usize), Just(1), 2..40_usize],
         with_bias in any::<bool>(),
         seed in any::<u64>(),
     ) {
         let direction = if forward { Direction::Forward } else { Direction::Backward };
-        let case = Case { direction, tokens, rows, columns, rank, with_bias, seed };
+        let case = Case { direction, tokens, rows, columns, block_size, rank, with_bias, seed };
         let f32_rounding = 2.0_f64.powi(-24);
         let blocks: Write<f32> = |product, path, out, hidden, threads| product.write::<f32>(path, out, hidden, threads);
         check::<f32>(case, blocks, f32_rounding, 2e-6)?;

@@ -72,7 +72,7 @@ pub type MultiplyBlock = fn(block: &Block<'_>, sums: &mut [Tile]);
 
 impl Block<'_> {
     /// Call `multiply(left, right, sums, rows, columns)` for each pair of panels. Only `rows` by
-    /// `columns` of the 32 x 32 sums are wanted; the rest may hold anything finite.
+    /// `columns` of the 32 x 32 sums are wanted; the rest may hold anything.
     #[inline(always)]
     pub fn for_each_pair(
         &self,
@@ -111,7 +111,8 @@ pub struct Group<'a> {
 
 impl Block<'_> {
     /// Call `multiply` for each left panel with each two right ones, which are the same for all of the
-    /// left ones, so that they stay in the nearest cache that holds them. Sums beyond the wanted rows and columns may hold anything finite.
+    /// left ones, so that they stay in the nearest cache that holds them. Sums beyond the wanted
+    /// rows and columns may hold anything.
     #[inline(always)]
     pub fn for_each_group(&self, sums: &mut [Tile], mut multiply: impl FnMut(Group<'_>)) {
         let weights = self.weights.chunks_exact(self.steps * 2);

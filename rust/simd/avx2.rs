@@ -1,4 +1,5 @@
-//! AVX2, FMA and F16C: what nearly every x86 CPU since 2013 has.
+//! AVX2, FMA and F16C, what nearly every x86 CPU since 2013 has: quantize and conversions. Decoding:
+//! `avx2_decode.rs`. Products: `avx2_linear.rs`, `avx2_gemm.rs`.
 //!
 //! All functions here are reached through [`KERNELS`] alone, and [`detect`] hands that table out
 //! only where the CPU has the features: that is the argument of every `unsafe` call below.

@@ -43,7 +43,7 @@ fn piece<const ROWS: usize>(
     let mut registers = [[_mm256_setzero_ps(); 2]; ROWS];
     for (left, right) in left.as_chunks::<2>().0.iter().zip(right.as_chunks::<2>().0) {
         let Some(rows) = left[halves[0]].0[first..].first_chunk::<ROWS>() else { return };
-        // Four words per turn of the loop, which takes a place in each cycle that it needs.
+        // Unrolled by four: the loop's own counter and branch would take issue slots from multiply-adds.
         for group in (0..SIDE).step_by(4) {
             for word in group..group + 4 {
                 let row = &right[halves[1]].0[word];
@@ -76,21 +76,22 @@ fn piece<const ROWS: usize>(
 #[target_feature(enable = "avx2")]
 pub(super) fn transpose(tile: &mut Tile) {
     for i in 0..2 {
-        let diagonal = transposed(tile, 8 * i, 8 * i);
-        store(tile, 8 * i, 8 * i, diagonal);
+        let diagonal = columns_of(tile, 8 * i, i);
+        store(tile, 8 * i, i, diagonal);
     }
-    let (above, below) = (transposed(tile, 0, 8), transposed(tile, 8, 0));
+    let (above, below) = (columns_of(tile, 0, 1), columns_of(tile, 8, 0));
     store(tile, 8, 0, above);
-    store(tile, 0, 8, below);
+    store(tile, 0, 1, below);
 }
 
-/// The columns of the 8 x 8 words from `row`, `column` on.
+/// The columns of 8 rows from `row` on, of one half of each.
 #[inline]
 #[target_feature(enable = "avx2")]
-fn transposed(tile: &Tile, row: usize, column: usize) -> [__m256; 8] {
+fn columns_of(tile: &Tile, row: usize, half: usize) -> [__m256; 8] {
     let rows: [__m256; 8] = std::array::from_fn(|i| {
-        // SAFETY: column <= 8, so 8 words from there lie in the row of 16.
-        unsafe { _mm256_loadu_ps(tile.0[row + i].as_ptr().add(column).cast()) }
+        let words = &tile.0[row + i].as_chunks::<8>().0[half];
+        // SAFETY: the array holds the 8 words that are read, halves of an aligned row.
+        unsafe { _mm256_load_ps(words.as_ptr().cast()) }
     });
     // Of rows i and i + 4, the halves belong together: 4 x 8 words, twice.
     let halves: [[__m256; 4]; 2] = [
@@ -111,29 +112,31 @@ fn transposed(tile: &Tile, row: usize, column: usize) -> [__m256; 8] {
 
 #[inline]
 #[target_feature(enable = "avx2")]
-fn store(tile: &mut Tile, row: usize, column: usize, rows: [__m256; 8]) {
+fn store(tile: &mut Tile, row: usize, half: usize, rows: [__m256; 8]) {
     for (i, words) in rows.into_iter().enumerate() {
-        // SAFETY: column <= 8, so 8 words from there lie in the row of 16.
-        unsafe { _mm256_storeu_ps(tile.0[row + i].as_mut_ptr().add(column).cast(), words) };
+        let place = &mut tile.0[row + i].as_chunks_mut::<8>().0[half];
+        // SAFETY: the array holds the 8 words that are written, halves of an aligned row.
+        unsafe { _mm256_store_ps(place.as_mut_ptr().cast(), words) };
     }
 }
 
-/// Sums plus bias, 16 outputs of a token at a time: `put(token, first output, values)`.
+/// Sums plus bias, 16 outputs of a token at a time: `put(token, first output, values)`; see
+/// [`super::Finish`], whose `transpose` is `swap` here.
 #[inline]
 #[target_feature(enable = "avx2")]
 fn finish(
     sums: &mut [Tile; 4],
-    transposed: bool,
+    swap: bool,
     bias: &[f32; PANEL],
     mut put: impl FnMut(usize, usize, &[f32; SIDE]),
 ) {
     for (i, tile) in sums.iter_mut().enumerate() {
-        if transposed {
+        if swap {
             transpose(tile);
         }
         // Four tiles [left half][right half]; the left side is outputs if they are to be transposed.
-        let (first_token, half) = if transposed { (i % 2, i / 2) } else { (i / 2, i % 2) };
-        let bias = &bias[half * SIDE..];
+        let (first_token, half) = if swap { (i % 2, i / 2) } else { (i / 2, i % 2) };
+        let bias = &bias.as_chunks::<SIDE>().0[half];
         for (row, words) in tile.0.iter().enumerate() {
             // The compiler vectorizes this loop for the features of this function.
             let values = std::array::from_fn(|i| f32::from_bits(words[i]) + bias[i]);
@@ -145,11 +148,11 @@ fn finish(
 #[target_feature(enable = "avx2")]
 pub(super) fn finish_f32(
     sums: &mut [Tile; 4],
-    transposed: bool,
+    swap: bool,
     bias: &[f32; PANEL],
     out: &mut [[f32; PANEL]; PANEL],
 ) {
-    finish(sums, transposed, bias, |token, first, values| {
+    finish(sums, swap, bias, |token, first, values| {
         out[token][first..first + SIDE].copy_from_slice(values);
     });
 }
@@ -157,11 +160,11 @@ pub(super) fn finish_f32(
 #[target_feature(enable = "avx2")]
 pub(super) fn finish_bf16(
     sums: &mut [Tile; 4],
-    transposed: bool,
+    swap: bool,
     bias: &[f32; PANEL],
     out: &mut [[bf16; PANEL]; PANEL],
 ) {
-    finish(sums, transposed, bias, |token, first, values| {
+    finish(sums, swap, bias, |token, first, values| {
         softmax::narrow_bf16(values, &mut out[token][first..first + SIDE]);
     });
 }

@@ -11,11 +11,12 @@ use std::arch::x86_64::*;
 /// Codes of a step.
 const STEP_BYTES: usize = 32;
 
-/// Tokens whose partial sums stay in registers beside the decoding.
-const MOST_TOKENS: usize = 8;
-
-/// Weights of a step.
+/// Weights of a step, and of either half of its vector of codes.
 const STEP: usize = 2 * STEP_BYTES;
+const HALF: usize = STEP / 2;
+
+/// Tokens whose partial sums of one row's step stay in registers beside the decoding.
+const MOST_TOKENS: usize = 8;
 
 /// Put each 64 values into the order in which a step's vectors of 8 weights come: first those in high
 /// nibbles, vector q with bytes 4q..4q+4 of the codes' lower half and then of their upper half; then
@@ -26,11 +27,12 @@ pub(super) fn prepare_f32(row: &[f32], out: &mut [f32]) {
             out.fill(0.0);
         }
         // Blocks have 32 weights or more: halves are whole.
-        for (half, row) in row.as_chunks::<STEP_BYTES>().0.iter().enumerate() {
+        debug_assert!(row.len().is_multiple_of(HALF));
+        for (half, row) in row.as_chunks::<HALF>().0.iter().enumerate() {
             for (q, weights) in row.as_chunks::<8>().0.iter().enumerate() {
                 for i in 0..4 {
                     out[q * 8 + half * 4 + i] = weights[2 * i];
-                    out[STEP / 2 + q * 8 + half * 4 + i] = weights[2 * i + 1];
+                    out[HALF + q * 8 + half * 4 + i] = weights[2 * i + 1];
                 }
             }
         }
@@ -45,6 +47,7 @@ pub(super) fn prepare_f32(row: &[f32], out: &mut [f32]) {
 #[target_feature(enable = "avx2,fma")]
 pub(super) fn linear_f32(x: &[f32], strip: &Strip<'_>, out: &mut [f32]) {
     let rows = out.len() / strip.tokens;
+    assert!(out.len() == rows * strip.tokens);
     strip.check(x.len(), rows, 32);
     let mut row = 0;
     while row < rows {
@@ -129,7 +132,7 @@ impl<const R: usize> Rows<'_, R> {
             for r in 0..R {
                 // A last block of 32 weights alone: its absmax is for the lower half, and the upper half's
                 // activations are zeros.
-                let Some(codes) = self.codes[r][whole * STEP_BYTES..].first_chunk::<16>() else { return };
+                let codes = &self.codes[r].as_chunks::<16>().0[2 * whole];
                 // SAFETY: the array holds the 16 bytes that are read.
                 let codes = _mm256_zextsi128_si256(unsafe { _mm_loadu_si128(codes.as_ptr().cast()) });
                 let scale = _mm256_zextps128_ps256(_mm_set1_ps(self.absmax[r][2 * whole]));
@@ -161,7 +164,7 @@ fn add_step<const M: usize>(
         for (q, weights) in levels.look_up(codes).into_iter().enumerate() {
             for m in 0..M {
                 // SAFETY: half < 2 and q < 4, so 8 floats from there lie in the 64.
-                let x = unsafe { _mm256_loadu_ps(x[m].as_ptr().add(half * STEP / 2 + q * 8)) };
+                let x = unsafe { _mm256_loadu_ps(x[m].as_ptr().add(half * HALF + q * 8)) };
                 partial[m] = _mm256_fmadd_ps(weights, x, partial[m]);
             }
         }
