@@ -266,12 +266,21 @@ def test_other_sources_of_text(place: Path, tmp_path: Path, text: str | None) ->
     assert own == (text is None)
 
 
+def test_distilled_without_steps_keeps_the_scales_as_solved(place: Path, tmp_path: Path) -> None:
+    record = merge_checkpoint(settings(place, tmp_path / "out", method="distilled", steps=0))
+    assert "calibrate" in record["seconds"]
+    assert "distill" not in record["seconds"]
+    assert record["summary"]["kl_removed"] > 0.5
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         (["--method", "best"], "--method must be one of nearest, calibrated, distilled"),
         (["--to", "int8"], "--to must be one of"),
         (["--tokens", "3"], "--tokens must be at least 512, got 3"),
+        (["--method", "distilled", "--steps", "-1"], "--steps must be at least 0, got -1"),
+        (["--steps", "3"], "--steps 3 is for --method distilled"),
         (["--calibration", "nowhere.txt"], "nowhere.txt does not exist"),
         (["--limit-kl", "1e-12"], "above the limit 1e-12"),
     ],

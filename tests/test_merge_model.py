@@ -265,6 +265,7 @@ def test_two_active_adapters_are_summed_before_anything_is_rounded() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        ({"method": "distilled", "steps": -1}, "steps must be a whole number from 0 on, got -1"),
         ({"method": "best"}, "method must be one of nearest, calibrated, distilled"),
         ({"method": "calibrated"}, "0 tokens are left to calibrate on, at least 256"),
         ({"method": "calibrated", "calibration": [IDS, IDS]}, "24 tokens are left"),

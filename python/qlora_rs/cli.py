@@ -414,6 +414,13 @@ def _add_merge(commands: Any) -> None:
         help="directions to keep apart, as a small adapter (%(default)s)",
     )
     parser.add_argument(
+        "--steps",
+        type=int,
+        metavar="N",
+        help="of distilled, that train all scales together; 0 leaves them as solved, in half of "
+        "the time (24)",
+    )
+    parser.add_argument(
         "--limit-kl",
         type=float,
         metavar="X",
@@ -453,6 +460,7 @@ def _merge(arguments: argparse.Namespace) -> int:
         tokens=arguments.tokens,
         length=arguments.length,
         hybrid_rank=arguments.hybrid_rank,
+        steps=arguments.steps,
         limit_kl=arguments.limit_kl,
         dtype=arguments.dtype,
     )

@@ -58,7 +58,8 @@ def merge_model(
 
     model: quantized, with adapters of ours or of peft (over our layers or bitsandbytes'). method:
     "nearest" rounds as peft does; "calibrated" keeps each layer's outputs on the calibration text;
-    "distilled" then trains the block scales for `steps` steps towards the unmerged model's logits.
+    "distilled" solves for the answers of the whole model and then trains the block scales for
+    `steps` steps towards the unmerged model's logits (0: leaves them as solved).
     calibration: token ids [batch, length], or dicts of model inputs ("labels", where given, choose
     the positions that count), like the text that the model will see. evaluation: text to measure
     on; by default every eighth batch of the calibration is set aside. hybrid_rank: so many
@@ -73,6 +74,8 @@ def merge_model(
     check_model(model)
     if method not in solve.METHODS:
         raise QloraError(f"method must be one of {', '.join(solve.METHODS)}, got {method!r}")
+    if type(steps) is not int or steps < 0:
+        raise QloraError(f"steps must be a whole number from 0 on, got {steps!r}")
     layers = find_adapted(model)
     report = MergeReport(method)
     fitting, held_out = _split(calibration, evaluation, method)
@@ -188,7 +191,7 @@ class _Job:
             self._calibrate(fitting, hybrid_rank, method)
         self._clock("calibrate" if method != "nearest" else "round", started)
         merged = {layer.name: self._replacement(layer) for layer in self.layers}
-        if method == "distilled":
+        if method == "distilled" and steps > 0:
             started = time.monotonic()
             with torch.enable_grad():
                 packed = distillation.distill(

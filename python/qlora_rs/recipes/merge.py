@@ -59,7 +59,8 @@ class MergeSettings:
     packed base with the adapter beside it. calibration: JSONL or text file; None takes the
     adapter's training data where it is found, else text that the model writes itself. tokens: how
     much of it. evaluation: text to measure on (4,096 tokens of it); None sets an eighth of the
-    calibration aside. limit_kl: refuse a result farther from the unmerged model, in nats per token.
+    calibration aside. steps: of `distilled`, that train the scales (None: 24); 0 keeps them as they
+    were solved. limit_kl: refuse a result farther from the unmerged model, in nats per token.
     """
 
     base: str
@@ -72,6 +73,7 @@ class MergeSettings:
     tokens: int = 12288
     length: int = 512
     hybrid_rank: int = 0
+    steps: int | None = None
     limit_kl: float | None = None
     dtype: str = "bfloat16"
 
@@ -89,9 +91,15 @@ class MergeSettings:
             ("--tokens", self.tokens, 512),
             ("--length", self.length, 16),
             ("--hybrid-rank", self.hybrid_rank, 0),
+            ("--steps", self.steps or 0, 0),
         ):
             if number < least:
                 raise QloraError(f"{name} must be at least {least}, got {number}")
+        if self.steps is not None and self.method != "distilled":
+            raise QloraError(
+                f"--steps {self.steps} is for --method distilled, which trains scales; "
+                f"{self.method} has no steps: leave it out"
+            )
 
 
 def merge_checkpoint(
@@ -259,6 +267,7 @@ def _merge(
             reversible=False,
             progress=clock,
             store=store,
+            **({} if settings.steps is None else {"steps": settings.steps}),
         )
     report.notes.extend(notes)
     return report, batches
