@@ -106,15 +106,13 @@ impl<const R: usize> Rows<'_, R> {
         let mut sums = [[_mm256_setzero_ps(); M]; R];
         let steps: [&[[u8; STEP_BYTES]]; R] = self.codes.map(|codes| codes.as_chunks().0);
         let whole = steps[0].len();
-        // Lengths that the compiler can compare once.
-        let (x_whole, steps) = (x.map(|x| &x[..whole]), steps.map(|steps| &steps[..whole]));
         let shift = self.block_size.trailing_zeros() - 5;
         for step in 0..whole {
             // In the order of memory, see `fetch_ahead`; a line is two steps of a row.
             for line in 0..R.div_ceil(2) {
                 fetch_ahead(self.codes[0].as_ptr().wrapping_add(step * R * STEP_BYTES + line * 64));
             }
-            let x = x_whole.map(|x| &x[step]);
+            let x = x.map(|x| &x[step]);
             for r in 0..R {
                 // SAFETY: the array holds the 32 bytes that are read.
                 let codes = unsafe { _mm256_loadu_si256(steps[r][step].as_ptr().cast()) };
