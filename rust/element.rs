@@ -8,6 +8,8 @@ use std::ops::Range;
 
 /// A float that the format reads and writes: f32, f16 or bf16.
 pub trait Element: Copy + Default + Send + Sync + 'static {
+    /// The distance from 1 to the next value.
+    const EPSILON: f32;
     /// Exact: every value of the three types is an f32.
     fn to_f32(self) -> f32;
     /// Rounds to nearest, ties to even.
@@ -134,6 +136,7 @@ fn round<T: Element>(values: &[T], out: &mut [bf16]) {
 }
 
 impl Element for f32 {
+    const EPSILON: f32 = f32::EPSILON;
     fn to_f32(self) -> f32 {
         self
     }
@@ -164,6 +167,7 @@ impl Element for f32 {
 }
 
 impl Element for f16 {
+    const EPSILON: f32 = f16::EPSILON.to_f32_const();
     fn to_f32(self) -> f32 {
         f16::to_f32(self)
     }
@@ -193,6 +197,7 @@ impl Element for f16 {
 }
 
 impl Element for bf16 {
+    const EPSILON: f32 = bf16::EPSILON.to_f32_const();
     fn to_f32(self) -> f32 {
         bf16::to_f32(self)
     }

@@ -11,7 +11,7 @@ use crate::gemm::Product;
 use crate::memory::Scratch;
 use crate::packed_matrix::PackedMatrix;
 use crate::parallel::{self, ColumnRange, Columns};
-use crate::simd::{ABSMAX_PADDING, FewRowsBf16, Kernels, PREPARED_MULTIPLE, Strip};
+use crate::simd::{ABSMAX_PADDING, FewRowsBf16, FewRowsFixed, FixedStep, Kernels, PREPARED_MULTIPLE, Strip};
 use half::bf16;
 use std::ops::Range;
 
@@ -19,8 +19,15 @@ use std::ops::Range;
 /// to 16 rows.
 const STRIP_ROWS: usize = 16;
 
-/// Rows of a strip, at most.
-const LONGEST_STRIP: usize = 48;
+/// Rows of a strip, at most: kernels read it as four streams, which should be long.
+const LONGEST_STRIP: usize = 192;
+
+/// Rows of a run that it would not pay to cut further.
+const SHORT_RUN: usize = 48;
+
+/// What fixed point may lose, in units of the last place of activations and results: see
+/// [`FewRowsFixed::prepare`]. Rounding the results loses 0.29 (root mean square).
+const FIXED_TOLERANCE: f32 = 0.125;
 
 /// Activations in the form that the chosen kernel reads.
 enum Prepared {
@@ -28,12 +35,15 @@ enum Prepared {
     F32(Scratch),
     /// Reordered bf16.
     Bf16(Scratch, FewRowsBf16),
+    /// In fixed point.
+    Fixed(Scratch, FewRowsFixed),
 }
 
 /// Write a forward product to `y` [tokens, out] and x Aᵀ times scaling to `hidden` [tokens, rank].
 ///
-/// Products are summed in f32. Weights are exact, or rounded to bf16 once where the CPU multiplies
-/// bf16 and x is bf16. Allocates a reordered copy of x, at most four bytes per activation.
+/// Products are summed in f32. Weights are exact where x is f32; else they may be rounded to bf16 once, or
+/// to 2^-15 of their absmax (`simd/fixed.rs`), where that is faster. Allocates a reordered copy of x, at
+/// most four bytes per activation.
 ///
 /// # Errors
 /// [`Error::Operand`] when an operand has another length than the shapes ask for.
@@ -111,7 +121,7 @@ fn strip_of(run: &Range<usize>, first: usize) -> Range<usize> {
 fn runs(rows: usize, threads: usize) -> Vec<Range<usize>> {
     let parts = 2 * threads.max(1);
     // Shorter ones would cost more to hand out than they let threads wait less.
-    let shortest = (rows / parts).next_multiple_of(STRIP_ROWS).clamp(STRIP_ROWS, LONGEST_STRIP);
+    let shortest = (rows / parts).next_multiple_of(STRIP_ROWS).clamp(STRIP_ROWS, SHORT_RUN);
     let mut runs = Vec::new();
     let mut first = 0;
     while first < rows {
@@ -142,6 +152,9 @@ fn prepare<T: Element>(
         return Prepared::F32(wide);
     }
     let width = columns.next_multiple_of(PREPARED_MULTIPLE);
+    if let Some(prepared) = prepare_fixed(kernels, x, tokens, columns) {
+        return prepared;
+    }
     let bf16_kernels = kernels.bf16.and_then(|bf16| bf16.few_rows);
     let bf16_kernels = bf16_kernels.filter(|few| tokens >= few.fewest && matrix.block_size() >= 64);
     if let (Some(kernels), Some(x)) = (bf16_kernels, T::as_bf16(x)) {
@@ -157,6 +170,22 @@ fn prepare<T: Element>(
         (kernels.prepare_f32)(wide, out);
     }
     Prepared::F32(prepared)
+}
+
+/// 16-bit activations in fixed point, if that is faster and exact enough.
+fn prepare_fixed<T: Element>(kernels: &Kernels, x: &[T], tokens: usize, columns: usize) -> Option<Prepared> {
+    let fixed = kernels.few_rows_fixed.filter(|fixed| tokens <= fixed.most && size_of::<T>() == 2)?;
+    let steps = columns.div_ceil(PREPARED_MULTIPLE);
+    let mut wide = Scratch::of::<f32>(columns);
+    let wide = &mut wide.values_mut()[..columns];
+    let mut prepared = Scratch::of::<FixedStep>(tokens * steps);
+    for (row, out) in x.chunks_exact(columns).zip(prepared.values_mut().chunks_exact_mut(steps)) {
+        T::widen(kernels, row, wide);
+        if !(fixed.prepare)(wide, T::EPSILON * FIXED_TOLERANCE, out) {
+            return None;
+        }
+    }
+    Some(Prepared::Fixed(prepared, fixed))
 }
 
 /// Rows that start at block boundaries: the kernels decode them in registers.
@@ -183,6 +212,9 @@ fn strip_fused(
     match prepared {
         Prepared::F32(x) => (kernels.linear_f32)(&x.values()[..prepared_values], &strip, products),
         Prepared::Bf16(x, kernels) => (kernels.linear)(&x.values()[..prepared_values], &strip, products),
+        Prepared::Fixed(x, kernels) => {
+            (kernels.linear)(&x.values()[..prepared_values / PREPARED_MULTIPLE], &strip, products);
+        }
     }
 }
 

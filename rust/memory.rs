@@ -63,8 +63,7 @@ const MOST_KEPT: usize = 7;
 /// Numbers that scratch memory may be seen as.
 ///
 /// # Safety
-/// Every bit pattern must be a value, no byte padding, and a tile's size and alignment multiples of
-/// the type's.
+/// Every bit pattern must be a value, no byte padding, and a tile's alignment a multiple of the type's.
 pub unsafe trait Plain: Copy {}
 
 // SAFETY: both are plain bits of two or four bytes.
@@ -103,7 +102,7 @@ impl Scratch {
     #[must_use]
     pub fn values<T: Plain>(&self) -> &[T] {
         let tiles: &[Tile] = self;
-        // SAFETY: the tiles hold that many values, any bits of which are one (see `Plain`).
+        // SAFETY: the tiles hold that many whole values, any bits of which are one (see `Plain`).
         unsafe { std::slice::from_raw_parts(tiles.as_ptr().cast(), size_of_val(tiles) / size_of::<T>()) }
     }
 

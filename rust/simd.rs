@@ -26,10 +26,15 @@ mod avx512_bf16_rows;
 #[cfg(target_arch = "x86_64")]
 mod avx512_decode;
 #[cfg(target_arch = "x86_64")]
+mod avx512_fixed;
+#[cfg(target_arch = "x86_64")]
+mod avx512_fixed_linear;
+#[cfg(target_arch = "x86_64")]
 mod avx512_gemm;
 #[cfg(target_arch = "x86_64")]
 mod avx512_linear;
 mod crossover;
+mod fixed;
 mod gated;
 pub mod merging;
 pub mod portable;
@@ -40,6 +45,8 @@ use crate::gemm::tile::{MultiplyBlock, PANEL, Tile};
 use crate::packed_matrix::NestedScales;
 use half::{bf16, f16};
 use std::sync::OnceLock;
+
+pub use fixed::{FewRowsFixed, FixedStep};
 
 /// Prepared activations and decoded scales for a strip of weight rows; see [`Kernels::linear_f32`].
 #[derive(Clone, Copy, Debug)]
@@ -93,7 +100,7 @@ pub type Linear<T> = fn(x: &[T], strip: &Strip<'_>, out: &mut [f32]);
 /// handed out after the instructions they use were found.
 #[derive(Clone, Copy, Debug)]
 pub struct Kernels {
-    /// `portable`, `avx2`, `avx512`, `avx512_bf16` or `amx`.
+    /// `portable`, `avx2`, `avx512`, `avx512_vnni`, `avx512_bf16` or `amx`.
     pub name: &'static str,
     /// f16 → f32, exact; both slices have the same length.
     pub widen_f16: fn(&[f16], &mut [f32]),
@@ -144,6 +151,8 @@ pub struct Kernels {
     pub finish_bf16: Finish<bf16>,
     /// Up to how many rows of activations `linear_f32` beats panels (f32, then bf16): `crossover.rs`.
     pub few_rows: [usize; 2],
+    /// Fewer rows of 16-bit activations still, where this CPU has an instruction for products of bytes.
+    pub few_rows_fixed: Option<FewRowsFixed>,
     /// Products of bf16 as such, where this path has an instruction for that; elsewhere bf16 is
     /// widened to f32.
     pub bf16: Option<Bf16Kernels>,
@@ -225,6 +234,12 @@ pub fn fetch_ahead(place: *const u8) {
     fetch::<SECOND_LEVEL>(place.wrapping_add(FETCH_DISTANCE));
 }
 
+/// Ask for the cache line `distance` bytes after `place` to be brought to the second-level cache.
+#[inline]
+pub fn fetch_in(place: *const u8, distance: usize) {
+    fetch::<SECOND_LEVEL>(place.wrapping_add(distance));
+}
+
 /// Ask for values that will be read soon to be brought to the second-level cache.
 #[inline]
 pub fn fetch_soon<T>(values: &[T]) {
@@ -265,13 +280,11 @@ fn fetch<const LEVEL: i32>(_: *const u8) {}
 #[must_use]
 pub fn available() -> Vec<&'static Kernels> {
     #[cfg(target_arch = "x86_64")]
-    let mut avx512 = [avx512::detect_bf16(), avx512::detect()];
+    let (bf16, vnni) = (avx512::detect_bf16(), avx512::detect_vnni());
     #[cfg(target_arch = "x86_64")]
-    if avx512::bf16_is_slow() {
-        avx512.reverse();
-    }
+    let [first, second] = if avx512::bf16_is_slow() { [vnni, bf16] } else { [bf16, vnni] };
     #[cfg(target_arch = "x86_64")]
-    let detected = [amx::detect(), avx512[0], avx512[1], avx2::detect()];
+    let detected = [amx::detect(), first, second, avx512::detect(), avx2::detect()];
     #[cfg(not(target_arch = "x86_64"))]
     let detected = [];
     detected.into_iter().flatten().chain([&portable::KERNELS]).collect()
@@ -290,7 +303,7 @@ fn choose(requested: Option<&str>) -> Result<&'static Kernels, Error> {
     let paths = available();
     match requested {
         None | Some("") => Ok(paths[0]),
-        Some(name @ ("portable" | "avx2" | "avx512" | "avx512_bf16" | "amx")) => {
+        Some(name @ ("portable" | "avx2" | "avx512" | "avx512_vnni" | "avx512_bf16" | "amx")) => {
             let found = paths.iter().copied().find(|path| path.name == name);
             found.ok_or_else(|| Error::CpuPathMissing {
                 requested: name.to_owned(),

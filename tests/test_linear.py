@@ -108,6 +108,22 @@ def test_a_layer_with_very_many_inputs_is_as_accurate_as_torch(dtype: torch.dtyp
     check_linear(Product(x, weight, 64, True, None))
 
 
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("rows", [1, 2, 3])
+@pytest.mark.parametrize("large", [30.0, 300.0, 3e4])
+def test_a_large_activation_that_meets_zeros_costs_the_others_no_bits(
+    large: float, rows: int, dtype: torch.dtype
+) -> None:
+    x, weight = torch.randn(rows, 1024).to(dtype), torch.randn(400, 1024)
+    x[:, 70], weight[:, 70] = large, 0
+    packed = qlora_rs.quantize(weight)
+    dense = packed.dequantize(torch.float64)
+    torchs = torch.nn.functional.linear(x, dense.to(dtype))
+    exact = x.double() @ dense.t()
+    # No floor: the sums are far from zero, and so is torch's error.
+    assert_as_accurate_as_torch(qlora_rs.linear(x, packed), torchs, exact, torch.zeros(1), dtype)
+
+
 @given(strategies.products(), strategies.views)
 def test_a_view_of_x_gives_the_product_of_its_copy(product: Product, view: str) -> None:
     if product.x.dim() != 2:

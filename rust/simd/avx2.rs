@@ -66,6 +66,7 @@ static KERNELS: Kernels = Kernels {
     // SAFETY: as above.
     finish_bf16: |sums, transpose, bias, out| unsafe { avx2_gemm::finish_bf16(sums, transpose, bias, out) },
     few_rows: crossover::AVX2,
+    few_rows_fixed: None,
     bf16: None,
 };
 

@@ -3,10 +3,10 @@
 //! All functions here are reached through [`KERNELS`] alone, and [`detect`] hands that table out
 //! only where the CPU has the features: that is the argument of every `unsafe` call below.
 
-use super::{Bf16Kernels, FewRowsBf16, Interleave, Kernels, PanelKernels};
+use super::{Bf16Kernels, FewRowsBf16, FewRowsFixed, Interleave, Kernels, PanelKernels};
 use super::{
-    avx512_absmax, avx512_bf16_linear, avx512_decode, avx512_gemm, avx512_linear, crossover, gated, portable,
-    softmax,
+    avx512_absmax, avx512_bf16_linear, avx512_decode, avx512_fixed, avx512_fixed_linear, avx512_gemm,
+    avx512_linear, crossover, gated, portable, softmax,
 };
 use crate::codebook::{BOUNDARIES, LEVELS};
 use crate::quantize::SMALLEST_ABSMAX;
@@ -69,6 +69,7 @@ static KERNELS: Kernels = Kernels {
     // SAFETY: as above.
     finish_bf16: |sums, transpose, bias, out| unsafe { avx512_gemm::finish_bf16(sums, transpose, bias, out) },
     few_rows: crossover::AVX512,
+    few_rows_fixed: None,
     bf16: None,
 };
 
@@ -85,6 +86,25 @@ pub(super) const PANELS_BF16: PanelKernels = PanelKernels {
 
 // SAFETY: as above.
 pub(super) const INTERLEAVE: Interleave = |even, odd, out| unsafe { avx512_gemm::interleave(even, odd, out) };
+
+/// Few rows in fixed point, where there are products and permutes of bytes.
+pub(super) const FEW_ROWS_FIXED: FewRowsFixed = FewRowsFixed {
+    most: avx512_fixed_linear::MOST_TOKENS,
+    // SAFETY: as above, with avx512vnni and avx512vbmi.
+    prepare: |x, tolerance, out| unsafe { avx512_fixed::prepare(x, tolerance, out) },
+    // SAFETY: as above, with avx512vnni and avx512vbmi.
+    linear: |x, strip, out| unsafe { avx512_fixed_linear::linear(x, strip, out) },
+};
+
+/// The same with products of bytes.
+static KERNELS_WITH_VNNI: Kernels = Kernels {
+    name: "avx512_vnni",
+    // SAFETY: as above, with avx512vbmi.
+    decode_absmax: |nested, first, out| unsafe { avx512_absmax::permute(nested, first, out) },
+    few_rows: crossover::AVX512_VNNI,
+    few_rows_fixed: Some(FEW_ROWS_FIXED),
+    ..KERNELS
+};
 
 /// The same with products of bf16 as such.
 pub(super) static KERNELS_WITH_BF16: Kernels = Kernels {
@@ -115,6 +135,13 @@ pub(super) fn detect() -> Option<&'static Kernels> {
         && is_x86_feature_detected!("f16c")
         && is_x86_feature_detected!("fma");
     found.then_some(&KERNELS)
+}
+
+/// The table with products of bytes, if the CPU has them too.
+pub(super) fn detect_vnni() -> Option<&'static Kernels> {
+    detect()?;
+    let found = is_x86_feature_detected!("avx512vnni") && is_x86_feature_detected!("avx512vbmi");
+    found.then_some(&KERNELS_WITH_VNNI)
 }
 
 /// The table with products of bf16, if the CPU has them too. (Of the CPUs that do, only Intel's Cooper

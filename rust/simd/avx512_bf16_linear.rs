@@ -174,7 +174,7 @@ unsafe fn row_tile<const R: usize, const TAIL: bool>(
     // Lanes of a sum cover eight weights each, as those of `linear_f32` do.
     let lanes = absmax_lanes(strip);
     let (blocks, block_shift) = (strip.blocks(), strip.block_size.trailing_zeros());
-    let rows = Codes::<R, TAIL>::new(strip, row);
+    let rows = Codes::<R, TAIL>::new(strip, std::array::from_fn(|r| row + r));
     let mut sums = [[_mm512_setzero_ps(); 1]; R];
     for step in 0..strip.columns.div_ceil(PREPARED_MULTIPLE) {
         let mut activations = [_mm512_setzero_si512(); 4];
@@ -203,7 +203,7 @@ unsafe fn row_tile<const R: usize, const TAIL: bool>(
     for sum in sums.as_flattened_mut() {
         *sum = _mm512_mul_ps(*sum, _mm512_set1_ps(1.0 / LEVEL_FACTOR));
     }
-    store_sums(&sums, strip.tokens, &mut out[row * strip.tokens..]);
+    store_sums(&sums, std::array::from_fn(|r| row + r), strip.tokens, out);
     R
 }
 
@@ -223,7 +223,7 @@ unsafe fn tile<const R: usize, const M: usize, const TAIL: bool>(
     let levels = unsafe { _mm512_loadu_ps(LEVELS.as_ptr()) };
     // Block sizes are powers of two; a division here would cost as much as the step.
     let (blocks, block_shift) = (strip.blocks(), strip.block_size.trailing_zeros());
-    let rows = Codes::<R, TAIL>::new(strip, row);
+    let rows = Codes::<R, TAIL>::new(strip, std::array::from_fn(|r| row + r));
     // Blocks of 64: the upper 16 lanes belong to a second block, whose levels fill the upper half
     // of the table. Longer blocks: both halves hold the same levels.
     let second = |step: usize| usize::from(strip.block_size == 64 && !ends_inside(strip, step));
@@ -266,6 +266,6 @@ unsafe fn tile<const R: usize, const M: usize, const TAIL: bool>(
         }
         tables = next;
     }
-    store_sums(&sums, strip.tokens, &mut out[row * strip.tokens..]);
+    store_sums(&sums, std::array::from_fn(|r| row + r), strip.tokens, out);
     R
 }

@@ -75,7 +75,7 @@ fn rows_of_products<const R: usize>(
 fn decode<const R: usize>(strip: &Strip<'_>, row: usize, out: &mut [Decoded<R>]) {
     // SAFETY: the array holds the 16 floats that are read.
     let levels = unsafe { _mm512_loadu_ps(LEVELS.as_ptr()) };
-    let rows = Codes::<R, true>::new(strip, row);
+    let rows = Codes::<R, true>::new(strip, std::array::from_fn(|r| row + r));
     let block_shift = strip.block_size.trailing_zeros();
     // As in `avx512_bf16_linear::tile`.
     let second = |step: usize| usize::from(strip.block_size == 64 && !ends_inside(strip, step));
@@ -128,7 +128,7 @@ fn tile<const R: usize, const M: usize>(
             }
         }
     }
-    store_sums(&sums, tokens, out);
+    store_sums(&sums, std::array::from_fn(|r| r), tokens, out);
 }
 
 #[inline]

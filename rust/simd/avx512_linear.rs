@@ -8,12 +8,15 @@
 //! in its high nibble. A last step of fewer than 128 weights reads zeros past the row's end; its
 //! activations are padded with zeros. Products of bf16 as such: `avx512_bf16_linear.rs`.
 
-use super::{PREPARED_MULTIPLE, Strip, fetch_ahead};
+use super::{PREPARED_MULTIPLE, Strip, fetch_ahead, fetch_in};
 use crate::codebook::LEVELS;
 use std::arch::x86_64::*;
 
 /// Codes of a step.
 const STEP_BYTES: usize = PREPARED_MULTIPLE / 2;
+
+/// Bytes ahead of their use at which a stream's codes are asked for.
+const STREAM_DISTANCE: usize = 1 << 10;
 
 /// Transpose each 128 values from [lane][nibble] to [nibble][lane].
 pub(super) fn prepare_f32(row: &[f32], out: &mut [f32]) {
@@ -123,9 +126,9 @@ pub(super) struct Codes<'a, const R: usize, const TAIL: bool> {
 }
 
 impl<'a, const R: usize, const TAIL: bool> Codes<'a, R, TAIL> {
-    pub(super) fn new(strip: &Strip<'a>, first_row: usize) -> Self {
+    pub(super) fn new(strip: &Strip<'a>, rows: [usize; R]) -> Self {
         let bytes = strip.columns / 2;
-        Self { rows: std::array::from_fn(|r| &strip.codes[(first_row + r) * bytes..][..bytes]) }
+        Self { rows: rows.map(|row| &strip.codes[row * bytes..][..bytes]) }
     }
 
     /// The codes of row `r`'s 128 weights in a step; zeros past the row's end. All steps are masked
@@ -146,6 +149,14 @@ impl<'a, const R: usize, const TAIL: bool> Codes<'a, R, TAIL> {
         unsafe { _mm512_loadu_si512(from.cast()) }
     }
 
+    /// Ask for the line of codes of each row that a tile of [`rows_apart`] will need soon.
+    #[inline]
+    pub(super) fn fetch_streams(&self, step: usize) {
+        for row in self.rows {
+            fetch_in(row.as_ptr().wrapping_add(step * STEP_BYTES), STREAM_DISTANCE);
+        }
+    }
+
     /// Ask for one line of codes per row, in the order of memory: see [`fetch_ahead`].
     #[inline]
     pub(super) fn fetch_ahead(&self, step: usize) {
@@ -153,6 +164,16 @@ impl<'a, const R: usize, const TAIL: bool> Codes<'a, R, TAIL> {
             fetch_ahead(self.rows[0].as_ptr().wrapping_add(line * STEP_BYTES));
         }
     }
+}
+
+/// Tile `i` of four rows, a quarter of the strip apart.
+///
+/// Each of the four is a stream of its own then, read in the order of memory from tile to tile, which is
+/// what CPUs recognize and fetch ahead by themselves; neighbouring rows, that begin in one page, they
+/// take for one stream out of order. Weights that no cache holds come a quarter faster so.
+#[inline]
+pub(super) fn rows_apart(rows: usize, i: usize) -> [usize; 4] {
+    std::array::from_fn(|r| i + r * (rows / 4))
 }
 
 /// Cut a strip into tiles of four rows (then one) by four tokens (then two, one): the accumulators
@@ -164,26 +185,36 @@ macro_rules! tile_rows_and_tokens {
         let rows = out.len() / strip.tokens;
         assert!(out.len() == rows * strip.tokens);
         strip.check(x.len(), rows, 32);
-        let mut row = 0;
-        while row < rows {
-            let tall = rows - row >= 4;
+        for i in 0..rows / 4 {
+            let tile_rows = rows_apart(rows, i);
             let mut token = 0;
             while token < strip.tokens {
                 let x = &x[token * prepared..];
-                let out = &mut out[row * strip.tokens + token..];
-                // SAFETY: the lengths were checked above; `row + R <= rows`, `token + M <= tokens`.
+                let out = &mut out[token..];
+                // SAFETY: the lengths were checked above; the rows are below `rows`, `token + M <= tokens`.
                 token += unsafe {
-                    match (strip.tokens - token, tall) {
-                        (1, true) => $tile::<4, 1, $tail>(x, strip, row, out),
-                        (1, false) => $tile::<1, 1, $tail>(x, strip, row, out),
-                        (2..4, true) => $tile::<4, 2, $tail>(x, strip, row, out),
-                        (2..4, false) => $tile::<1, 2, $tail>(x, strip, row, out),
-                        (_, true) => $tile::<4, 4, $tail>(x, strip, row, out),
-                        (_, false) => $tile::<1, 4, $tail>(x, strip, row, out),
+                    match strip.tokens - token {
+                        1 => $tile::<4, 1, $tail>(x, strip, tile_rows, out),
+                        2..4 => $tile::<4, 2, $tail>(x, strip, tile_rows, out),
+                        _ => $tile::<4, 4, $tail>(x, strip, tile_rows, out),
                     }
                 };
             }
-            row += if tall { 4 } else { 1 };
+        }
+        for row in rows / 4 * 4..rows {
+            let mut token = 0;
+            while token < strip.tokens {
+                let x = &x[token * prepared..];
+                let out = &mut out[token..];
+                // SAFETY: as above.
+                token += unsafe {
+                    match strip.tokens - token {
+                        1 => $tile::<1, 1, $tail>(x, strip, [row], out),
+                        2..4 => $tile::<1, 2, $tail>(x, strip, [row], out),
+                        _ => $tile::<1, 4, $tail>(x, strip, [row], out),
+                    }
+                };
+            }
         }
     }};
 }
@@ -205,13 +236,13 @@ fn tiles_f32<const TAIL: bool>(x: &[f32], strip: &Strip<'_>, out: &mut [f32]) {
 /// `R` rows times `M` tokens in f32; returns M.
 ///
 /// # Safety
-/// The lengths that `tile_rows_and_tokens` checks, for rows `row..row + R` and tokens `0..M` of x.
+/// The lengths that `tile_rows_and_tokens` checks, for these rows and tokens `0..M` of x.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,fma")]
 unsafe fn tile_f32<const R: usize, const M: usize, const TAIL: bool>(
     x: &[f32],
     strip: &Strip<'_>,
-    row: usize,
+    rows: [usize; R],
     out: &mut [f32],
 ) -> usize {
     // SAFETY: the array holds the 16 floats that are read.
@@ -219,15 +250,15 @@ unsafe fn tile_f32<const R: usize, const M: usize, const TAIL: bool>(
     let lanes = absmax_lanes(strip);
     // Block sizes are powers of two; a division here would cost as much as the step.
     let (blocks, block_shift) = (strip.blocks(), strip.block_size.trailing_zeros());
-    let rows = Codes::<R, TAIL>::new(strip, row);
+    let codes_of = Codes::<R, TAIL>::new(strip, rows);
     let prepared = strip.columns.next_multiple_of(PREPARED_MULTIPLE);
     let mut sums = [[_mm512_setzero_ps(); M]; R];
     for step in 0..prepared / PREPARED_MULTIPLE {
-        rows.fetch_ahead(step);
-        let mut codes: [__m512i; R] = std::array::from_fn(|r| rows.load(r, step));
+        codes_of.fetch_streams(step);
+        let mut codes: [__m512i; R] = std::array::from_fn(|r| codes_of.load(r, step));
         let lanes = lanes[usize::from(ends_inside(strip, step))];
         let scales: [__m512; R] = std::array::from_fn(|r| {
-            let first = (row + r) * blocks + ((step * PREPARED_MULTIPLE) >> block_shift);
+            let first = rows[r] * blocks + ((step * PREPARED_MULTIPLE) >> block_shift);
             // SAFETY: a step's first block is below columns / block_size, and four values follow the last row.
             let absmax = unsafe { _mm_loadu_ps(strip.absmax.as_ptr().add(first)) };
             _mm512_permutexvar_ps(lanes, _mm512_broadcast_f32x4(absmax))
@@ -261,21 +292,22 @@ unsafe fn tile_f32<const R: usize, const M: usize, const TAIL: bool>(
             }
         }
     }
-    store_sums(&sums, strip.tokens, out)
+    store_sums(&sums, rows, strip.tokens, out);
+    M
 }
 
-/// Write `sums[row][token]`, summed over their lanes; returns M.
+/// Write `sums[r][token]`, summed over their lanes, to row `rows[r]` of `out`.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512vl")]
 pub(super) fn store_sums<const R: usize, const M: usize>(
     sums: &[[__m512; M]; R],
+    rows: [usize; R],
     tokens: usize,
     out: &mut [f32],
-) -> usize {
-    for (r, sums) in sums.iter().enumerate() {
+) {
+    for (row, sums) in rows.into_iter().zip(sums) {
         for (m, sum) in sums.iter().enumerate() {
-            out[r * tokens + m] = _mm512_reduce_add_ps(*sum);
+            out[row * tokens + m] = _mm512_reduce_add_ps(*sum);
         }
     }
-    M
 }

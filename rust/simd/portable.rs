@@ -48,6 +48,7 @@ pub static KERNELS: Kernels = Kernels {
     finish_f32: finish,
     finish_bf16: finish,
     few_rows: crossover::PORTABLE,
+    few_rows_fixed: None,
     bf16: None,
 };
 

@@ -1,6 +1,6 @@
 //! Every path against the portable one, on lengths and values chosen to hurt.
 
-use super::{ABSMAX_PADDING, Kernels, PREPARED_MULTIPLE, Strip, available, choose, portable};
+use super::{ABSMAX_PADDING, FixedStep, Kernels, PREPARED_MULTIPLE, Strip, available, choose, portable};
 use crate::codebook::{BOUNDARIES, DYNAMIC_MAP};
 use crate::packed_matrix::NestedScales;
 use half::{bf16, f16};
@@ -182,6 +182,29 @@ proptest! {
             }
             (path.linear_f32)(&prepared, &strip, &mut out);
             check(path.name, &out, 1e-6)?;
+            if let Some(fixed) = path.few_rows_fixed {
+                let few = tokens.min(fixed.most);
+                let steps = width / PREPARED_MULTIPLE;
+                let mut prepared = vec![FixedStep::ZERO; few * steps];
+                for (row, out) in x.chunks(columns).zip(prepared.chunks_mut(steps)) {
+                    prop_assert!((fixed.prepare)(row, bf16::EPSILON.to_f32() / 8.0, out));
+                }
+                let mut out = vec![f32::NAN; rows * few];
+                (fixed.linear)(&prepared, &Strip { tokens: few, ..strip }, &mut out);
+                for (i, got) in out.iter().enumerate() {
+                    let (row, token) = (i / few, i % few);
+                    let x = &x[token * columns..][..columns];
+                    let (mut exact, mut bound) = (0.0, 0.0);
+                    for (k, (w, x_k)) in weights[row * columns..].iter().zip(x).enumerate() {
+                        let unit = x[k / 64 * 64..columns.min(k / 64 * 64 + 64)].iter().fold(0.0_f32, |m, v| m.max(v.abs())) / 16_200.0;
+                        let absmax = f64::from(absmax[row * blocks + k / block_size]);
+                        exact += f64::from(*w) * f64::from(*x_k);
+                        // Rounding q, then v; then rounding U.
+                        bound += absmax * (f64::from(unit) + f64::from(x_k.abs()) / 63_000.0);
+                    }
+                    prop_assert!((f64::from(*got) - exact).abs() <= bound * 1.001, "{}: {got} for {exact}", path.name);
+                }
+            }
             if let Some(few_rows) = path.bf16.and_then(|bf16| bf16.few_rows).filter(|_| block_size >= 64) {
                 let mut prepared = vec![bf16::NAN; tokens * width];
                 let brain: Vec<bf16> = x.iter().map(|&v| bf16::from_f32(v)).collect();
@@ -235,6 +258,37 @@ fn a_row_that_is_not_finite_leaves_its_neighbours_alone() {
 }
 
 #[test]
+fn fixed_point_says_where_it_would_lose_too_much() {
+    let tolerance = bf16::EPSILON.to_f32() / 8.0;
+    for fixed in available().iter().filter_map(|path| path.few_rows_fixed) {
+        let accepts = |x: &[f32]| {
+            let mut out = vec![FixedStep::ZERO; x.len().div_ceil(PREPARED_MULTIPLE)];
+            (fixed.prepare)(x, tolerance, &mut out)
+        };
+        let row: Vec<f32> = (0..4160).map(|i| bf16::from_f32((i * 7 % 19) as f32 - 9.0).to_f32()).collect();
+        let with = |at: usize, value: f32| {
+            let mut row = row.clone();
+            row[at] = value;
+            row
+        };
+        assert!(accepts(&row) && accepts(&[0.0; 192]));
+        // Alone in its unit, a value of eight bits is exact whatever its size.
+        for value in [1e34, -1.0, 1e-30, 1.007_812_5] {
+            let mut alone = vec![0.0; 320];
+            alone[70] = bf16::from_f32(value).to_f32();
+            assert!(accepts(&alone), "{value}");
+        }
+        assert!(!accepts(&[1e37; 128]), "terms that cancel each other could overflow");
+        for at in [0, 63, 64, 4100, 4159] {
+            assert!(accepts(&with(at, 500.0)), "its neighbours keep enough bits");
+            for value in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY, 1e5, -1e30, f32::MAX] {
+                assert!(!accepts(&with(at, value)), "{value} at {at}");
+            }
+        }
+    }
+}
+
+#[test]
 fn a_matrix_times_a_vector_is_exact_on_small_integers() {
     for path in available() {
         for (rows, columns) in [(0, 5), (3, 0), (1, 1), (4, 16), (5, 31), (7, 64), (8, 129), (13, 300)] {
@@ -256,7 +310,10 @@ fn a_path_is_forced_by_name_and_refused_by_sentence() {
     assert_eq!(choose(Some("portable")).expect("always there").name, "portable");
     assert_eq!(choose(None), choose(Some("")));
     let refused = choose(Some("sse9")).expect_err("no such path").to_string();
-    assert!(refused.contains("sse9") && refused.contains("portable, avx2, avx512, avx512_bf16 or amx"));
+    assert!(
+        refused.contains("sse9")
+            && refused.contains("portable, avx2, avx512, avx512_vnni, avx512_bf16 or amx")
+    );
 }
 
 impl PartialEq for Kernels {
