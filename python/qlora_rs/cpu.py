@@ -20,6 +20,8 @@ from torch.utils.dlpack import to_dlpack
 
 from qlora_rs import _rust
 
+# Paths that widen half types to multiply many rows of them.
+WIDENING_PATHS = ("avx2", "avx512", "avx512_vnni")
 # Decoded weights that a float64 product holds at any one time.
 TILE_WEIGHTS = 1 << 20
 
@@ -43,7 +45,7 @@ class Packed(NamedTuple):
 
 def is_faster_in_float32(dtype: torch.dtype) -> bool:
     """Whether products of this half type are slower here than float32's of the same values."""
-    return dtype in (torch.bfloat16, torch.float16) and _rust.cpu_path() in ("avx2", "avx512")
+    return dtype in (torch.bfloat16, torch.float16) and _rust.cpu_path() in WIDENING_PATHS
 
 
 def quantize(weight: Tensor, block_size: int, double_quant: bool) -> tuple[Tensor, ...]:
