@@ -98,7 +98,7 @@ impl Scratch {
         Self::take((count * size_of::<T>()).div_ceil(size_of::<Tile>()))
     }
 
-    /// The memory as floats of some kind.
+    /// The memory as numbers of some kind.
     #[must_use]
     pub fn values<T: Plain>(&self) -> &[T] {
         let tiles: &[Tile] = self;

@@ -151,7 +151,7 @@ pub struct Kernels {
     pub finish_bf16: Finish<bf16>,
     /// Up to how many rows of activations `linear_f32` beats panels (f32, then bf16): `crossover.rs`.
     pub few_rows: [usize; 2],
-    /// Fewer rows of 16-bit activations still, where this CPU has an instruction for products of bytes.
+    /// One to a few rows of 16-bit activations, where this CPU has an instruction for products of bytes.
     pub few_rows_fixed: Option<FewRowsFixed>,
     /// Products of bf16 as such, where this path has an instruction for that; elsewhere bf16 is
     /// widened to f32.
@@ -206,7 +206,7 @@ pub struct Bf16Kernels {
 /// Products of few rows of bf16 with rows of packed weights.
 #[derive(Clone, Copy, Debug)]
 pub struct FewRowsBf16 {
-    /// With fewer rows than this, `linear_f32` is faster, and exact: decoding is all the work then.
+    /// With fewer rows than this, `linear_f32` or fixed point is faster: decoding is all the work then.
     pub fewest: usize,
     /// Reorder rows of activations, `columns` values each, into the order in which `linear` meets
     /// the weights; the output holds `columns.next_multiple_of(PREPARED_MULTIPLE)` values per row.
@@ -216,27 +216,21 @@ pub struct FewRowsBf16 {
     pub linear: Linear<bf16>,
 }
 
-/// Bytes ahead of their use at which codes are asked for.
+/// Bytes ahead of their use at which kernels that read a strip in the order of memory ask for codes.
 ///
 /// Far enough that memory answers in time, near enough that the second-level cache still holds them
 /// and that few of a thread's requests fall beyond its run of rows.
 const FETCH_DISTANCE: usize = 16 << 10;
 
-/// Ask for the cache line [`FETCH_DISTANCE`] after `place` to be brought to the second-level cache.
-///
-/// A kernel calls this for every line of codes in the order in which they lie in memory, even where it
-/// reads several rows side by side: the order is what lets the hardware's own fetching join in, and a
-/// request for the second-level cache is given up by the first level at once, which has room for two
-/// dozen of those that it waits for. Together this doubles the speed of reading weights that no cache
-/// holds; any address is allowed.
-#[inline]
-pub fn fetch_ahead(place: *const u8) {
-    fetch::<SECOND_LEVEL>(place.wrapping_add(FETCH_DISTANCE));
-}
-
 /// Ask for the cache line `distance` bytes after `place` to be brought to the second-level cache.
+///
+/// A kernel calls this for every line of codes, either in the order in which they lie in memory, even
+/// where it reads several rows side by side, or for a few rows that are streams of their own: order is
+/// what lets the hardware's own fetching join in. A request for the second-level cache is given up by
+/// the first level at once, which has room for two dozen of those that it waits for. Together this
+/// doubles the speed of reading weights that no cache holds; any address is allowed.
 #[inline]
-pub fn fetch_in(place: *const u8, distance: usize) {
+pub fn fetch_ahead(place: *const u8, distance: usize) {
     fetch::<SECOND_LEVEL>(place.wrapping_add(distance));
 }
 
@@ -314,6 +308,8 @@ fn choose(requested: Option<&str>) -> Result<&'static Kernels, Error> {
     }
 }
 
+#[cfg(test)]
+mod fixed_tests;
 #[cfg(test)]
 mod panel_tests;
 #[cfg(test)]

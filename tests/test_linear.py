@@ -109,13 +109,22 @@ def test_a_layer_with_very_many_inputs_is_as_accurate_as_torch(dtype: torch.dtyp
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("rows", [1, 3, 5])
+def test_a_layer_with_very_many_outputs_is_as_accurate_as_torch(
+    rows: int, dtype: torch.dtype
+) -> None:
+    x, weight = torch.randn(rows, 192).to(dtype), torch.randn(4001, 192)
+    check_linear(Product(x, weight, 64, True, torch.randn(4001).to(dtype)))
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("rows", [1, 2, 3])
 @pytest.mark.parametrize("large", [30.0, 300.0, 3e4])
 def test_a_large_activation_that_meets_zeros_costs_the_others_no_bits(
     large: float, rows: int, dtype: torch.dtype
 ) -> None:
     x, weight = torch.randn(rows, 1024).to(dtype), torch.randn(400, 1024)
-    x[:, 70], weight[:, 70] = large, 0
+    x[-1, 70], weight[:, 70] = large, 0
     packed = qlora_rs.quantize(weight)
     dense = packed.dequantize(torch.float64)
     torchs = torch.nn.functional.linear(x, dense.to(dtype))

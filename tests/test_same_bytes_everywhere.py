@@ -115,7 +115,7 @@ def test_the_fastest_path_is_taken_unless_one_is_named(
     assert PATHS[-1] == "portable"
 
 
-MISSING = [path for path in ("amx", "avx512", "avx2") if path not in PATHS]
+MISSING = [path for path in ("amx", "avx512_bf16", "avx512_vnni", "avx512", "avx2") if path not in PATHS]
 
 
 @pytest.mark.parametrize("path", ["sse9", "AVX2", *MISSING])

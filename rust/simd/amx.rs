@@ -3,7 +3,7 @@
 //! Rust's intrinsics for AMX are not stable, so its five instructions are written as assembly.
 //! Tile registers 0..4 hold sums, 4 and 5 the left operand, 6 and 7 the right one.
 
-use super::{Bf16Kernels, FewRowsBf16, FewRowsFixed, Kernels, PanelKernels, amx_linear, avx512, crossover};
+use super::{Bf16Kernels, FewRowsBf16, Kernels, PanelKernels, amx_linear, avx512, crossover};
 use crate::gemm::tile::{Block, SIDE, Tile};
 use std::arch::asm;
 use std::arch::x86_64::{__cpuid_count, _xgetbv};
@@ -28,12 +28,11 @@ static KERNELS: Kernels = Kernels {
         }),
     }),
     few_rows: crossover::AMX,
-    // For one row; with more, tiles are faster.
-    few_rows_fixed: Some(FewRowsFixed { most: 1, ..avx512::FEW_ROWS_FIXED }),
+    few_rows_fixed: Some(avx512::FEW_ROWS_FIXED),
     ..avx512::KERNELS_WITH_BF16
 };
 
-/// The table, if this CPU has AMX with bf16 and the system lets this process use it.
+/// The table, if this CPU has AMX with bf16 (and what such CPUs have beside it) and the system lets this process use it.
 pub(super) fn detect() -> Option<&'static Kernels> {
     static FOUND: OnceLock<bool> = OnceLock::new();
     let found = *FOUND.get_or_init(|| {

@@ -5,7 +5,7 @@
 //! into that order once, by `prepare_f32`.
 
 use super::avx2_decode::Levels;
-use super::{Strip, fetch_ahead};
+use super::{FETCH_DISTANCE, Strip, fetch_ahead};
 use std::arch::x86_64::*;
 
 /// Codes of a step.
@@ -110,7 +110,8 @@ impl<const R: usize> Rows<'_, R> {
         for step in 0..whole {
             // In the order of memory, see `fetch_ahead`; a line is two steps of a row.
             for line in 0..R.div_ceil(2) {
-                fetch_ahead(self.codes[0].as_ptr().wrapping_add(step * R * STEP_BYTES + line * 64));
+                let place = self.codes[0].as_ptr().wrapping_add(step * R * STEP_BYTES + line * 64);
+                fetch_ahead(place, FETCH_DISTANCE);
             }
             let x = x.map(|x| &x[step]);
             for r in 0..R {

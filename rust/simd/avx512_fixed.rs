@@ -1,12 +1,12 @@
 //! AVX-512 with byte products: activations brought into fixed point (`fixed.rs`).
 
 use super::PREPARED_MULTIPLE;
-use super::fixed::{FixedStep, LARGEST, LEVEL_OFFSET, LEVEL_SCALE, MEAN_LOW, UNIT_SIZE};
+use super::fixed::{FixedStep, LARGEST, LEVEL_SCALE, LOW_ERROR, UNIT_SIZE, ZERO_LOW};
 use std::arch::x86_64::*;
 
-/// The exponent of a unit of 2^100, as f32 has it in its bits. With larger ones the terms that cancel each
-/// other could overflow, where the product itself does not or is plainly infinite.
-const LARGEST_EXPONENT: u32 = 127 + 100;
+/// Exponents of units, as f32 has them in its bits, that are kept well inside those of f32: what units are
+/// multiplied and divided by, and sums that cancel each other, must not overflow or become subnormal.
+const EXPONENTS: std::ops::RangeInclusive<u32> = 127 - 100..=127 + 100;
 
 /// See [`super::FewRowsFixed`].
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx512vbmi,fma")]
@@ -26,7 +26,7 @@ pub(super) fn prepare(x: &[f32], tolerance: f32, out: &mut [FixedStep]) -> bool 
     loss.error <= f64::from(tolerance).powi(2) * loss.size
 }
 
-/// Sums of squares: of errors, and of activations but for each unit's largest.
+/// Sums of squares: of errors, and of activations but for each unit's few largest, estimated.
 #[derive(Clone, Copy, Default)]
 struct Loss {
     error: f64,
@@ -50,29 +50,31 @@ fn prepare_step(step: &[f32; PREPARED_MULTIPLE], out: &mut FixedStep) -> Loss {
         let values: [__m512; 4] =
             std::array::from_fn(|i| unsafe { _mm512_loadu_ps(values.as_ptr().add(16 * i)) });
         let sizes = values.map(|value| _mm512_abs_ps(value));
-        let largest = _mm512_reduce_max_ps(_mm512_max_ps(
-            _mm512_max_ps(sizes[0], sizes[1]),
-            _mm512_max_ps(sizes[2], sizes[3]),
-        ));
+        let pairs = [_mm512_max_ps(sizes[0], sizes[1]), _mm512_max_ps(sizes[2], sizes[3])];
+        let largest = _mm512_reduce_max_ps(_mm512_max_ps(pairs[0], pairs[1]));
         let exponent = unit_exponent(largest);
         let (unit, inverse) = (f32::from_bits(exponent << 23), f32::from_bits((254 - exponent) << 23));
         let scaled = values.map(|value| _mm512_mul_ps(value, _mm512_set1_ps(inverse)));
         let integers = scaled.map(|value| _mm512_cvtps_epi32(value));
-        let (mut error, mut size) = (_mm512_setzero_ps(), _mm512_setzero_ps());
+        let mut error = _mm512_setzero_ps();
         for (value, integer) in scaled.iter().zip(integers) {
             let lost = _mm512_sub_ps(*value, _mm512_cvtepi32_ps(integer));
             error = _mm512_fmadd_ps(lost, lost, error);
-            size = _mm512_fmadd_ps(*value, *value, size);
+            let low = _mm512_srai_epi32::<24>(_mm512_slli_epi32::<24>(integer));
+            let missed = _mm512_mul_ps(_mm512_cvtepi32_ps(low), _mm512_set1_ps(LOW_ERROR));
+            error = _mm512_fmadd_ps(missed, missed, error);
         }
-        if exponent > LARGEST_EXPONENT {
-            loss.error = f64::INFINITY;
-        }
+        // Of four values the larger one of the smaller pair: about as large as they are, unless both pairs
+        // hold one that is too large.
+        let typical = _mm512_mul_ps(_mm512_min_ps(pairs[0], pairs[1]), _mm512_set1_ps(inverse));
         let square = f64::from(unit).powi(2);
-        let others = _mm512_reduce_add_ps(size) - (largest * inverse).powi(2);
         loss += Loss {
             error: square * f64::from(_mm512_reduce_add_ps(error)),
-            size: square * f64::from(others.max(0.0)),
+            size: square * 4.0 * f64::from(_mm512_reduce_add_ps(_mm512_mul_ps(typical, typical))),
         };
+        if exponent > *EXPONENTS.end() {
+            loss.error = f64::INFINITY;
+        }
         units[half] = unit;
         store_bytes(&integers, half, out);
     }
@@ -81,11 +83,11 @@ fn prepare_step(step: &[f32; PREPARED_MULTIPLE], out: &mut FixedStep) -> Loss {
 }
 
 /// The exponent of a unit, as f32 has it in its bits: the smallest power of two of which the largest
-/// activation holds at most [`LARGEST`], and never so small that its inverse would be infinite.
+/// activation holds at most [`LARGEST`], if that is not too small.
 fn unit_exponent(largest: f32) -> u32 {
     // Mantissas above that of LARGEST carry into the exponent.
     let bits = largest.to_bits() + (0x7fff - LARGEST) * 512 + 511;
-    ((bits >> 23) & 0xff).saturating_sub(14).max(1)
+    ((bits >> 23) & 0xff).saturating_sub(14).max(*EXPONENTS.start())
 }
 
 /// The bytes of 64 integers: the high byte of q + 128, and its low byte less 128.
@@ -133,9 +135,9 @@ fn finish(units: [f32; 2], out: &mut FixedStep) {
         _mm512_dpbusd_epi32(_mm512_dpbusd_epi32(_mm512_setzero_si512(), ones, odd), ones, even)
     };
     let (high, low) = (_mm512_cvtepi32_ps(sum(&out.high)), _mm512_cvtepi32_ps(sum(&out.low)));
-    // MEAN_LOW low - LEVEL_OFFSET (256 high + low)
-    let offset = _mm512_mul_ps(low, _mm512_set1_ps(MEAN_LOW - LEVEL_OFFSET));
-    let offset = _mm512_fmadd_ps(high, _mm512_set1_ps(-256.0 * LEVEL_OFFSET), offset);
+    // v low - S (256 high + low)
+    let offset = _mm512_mul_ps(low, _mm512_set1_ps(ZERO_LOW - LEVEL_SCALE));
+    let offset = _mm512_fmadd_ps(high, _mm512_set1_ps(-256.0 * LEVEL_SCALE), offset);
     // SAFETY: each array holds the 16 floats that are written.
     unsafe {
         _mm512_storeu_ps(out.unit.as_mut_ptr(), _mm512_mul_ps(units, _mm512_set1_ps(256.0)));

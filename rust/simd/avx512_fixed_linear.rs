@@ -12,7 +12,7 @@ use std::arch::x86_64::*;
 
 /// With more tokens, looking up levels as floats is faster: bytes cost each token ten instructions a step
 /// and row, floats eight after twenty-four that tokens share; and the prepared activations of four tokens
-/// no longer fit in the first-level cache.
+/// of 4096 values no longer fit in the first-level cache.
 pub(super) const MOST_TOKENS: usize = 3;
 
 /// See [`super::FewRowsFixed`].

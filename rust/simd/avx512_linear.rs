@@ -8,12 +8,15 @@
 //! in its high nibble. A last step of fewer than 128 weights reads zeros past the row's end; its
 //! activations are padded with zeros. Products of bf16 as such: `avx512_bf16_linear.rs`.
 
-use super::{PREPARED_MULTIPLE, Strip, fetch_ahead, fetch_in};
+use super::{FETCH_DISTANCE, PREPARED_MULTIPLE, Strip, fetch_ahead};
 use crate::codebook::LEVELS;
 use std::arch::x86_64::*;
 
 /// Codes of a step.
 const STEP_BYTES: usize = PREPARED_MULTIPLE / 2;
+
+/// Tokens of a tile, at most: its sums and decoded weights fit in 32 registers.
+const MOST_TOKENS: usize = 4;
 
 /// Bytes ahead of their use at which a stream's codes are asked for.
 const STREAM_DISTANCE: usize = 1 << 10;
@@ -153,7 +156,7 @@ impl<'a, const R: usize, const TAIL: bool> Codes<'a, R, TAIL> {
     #[inline]
     pub(super) fn fetch_streams(&self, step: usize) {
         for row in self.rows {
-            fetch_in(row.as_ptr().wrapping_add(step * STEP_BYTES), STREAM_DISTANCE);
+            fetch_ahead(row.as_ptr().wrapping_add(step * STEP_BYTES), STREAM_DISTANCE);
         }
     }
 
@@ -161,7 +164,7 @@ impl<'a, const R: usize, const TAIL: bool> Codes<'a, R, TAIL> {
     #[inline]
     pub(super) fn fetch_ahead(&self, step: usize) {
         for line in step * R..(step + 1) * R {
-            fetch_ahead(self.rows[0].as_ptr().wrapping_add(line * STEP_BYTES));
+            fetch_ahead(self.rows[0].as_ptr().wrapping_add(line * STEP_BYTES), FETCH_DISTANCE);
         }
     }
 }
@@ -170,81 +173,79 @@ impl<'a, const R: usize, const TAIL: bool> Codes<'a, R, TAIL> {
 ///
 /// Each of the four is a stream of its own then, read in the order of memory from tile to tile, which is
 /// what CPUs recognize and fetch ahead by themselves; neighbouring rows, that begin in one page, they
-/// take for one stream out of order. Weights that no cache holds come a quarter faster so.
+/// take for one stream out of order. Weights that no cache holds come an eighth to a fifth faster so.
 #[inline]
 pub(super) fn rows_apart(rows: usize, i: usize) -> [usize; 4] {
     std::array::from_fn(|r| i + r * (rows / 4))
 }
 
-/// Cut a strip into tiles of four rows (then one) by four tokens (then two, one): the accumulators
-/// and decoded weights of a tile fit in 32 registers. Checks the lengths that the tiles rely on.
-macro_rules! tile_rows_and_tokens {
-    ($tile:ident, $tail:expr, $x:expr, $strip:expr, $out:expr) => {{
-        let (x, strip, out) = ($x, $strip, $out);
-        let prepared = strip.columns.next_multiple_of(PREPARED_MULTIPLE);
-        let rows = out.len() / strip.tokens;
-        assert!(out.len() == rows * strip.tokens);
-        strip.check(x.len(), rows, 32);
-        for i in 0..rows / 4 {
-            let tile_rows = rows_apart(rows, i);
-            let mut token = 0;
-            while token < strip.tokens {
-                let x = &x[token * prepared..];
-                let out = &mut out[token..];
-                // SAFETY: the lengths were checked above; the rows are below `rows`, `token + M <= tokens`.
-                token += unsafe {
-                    match strip.tokens - token {
-                        1 => $tile::<4, 1, $tail>(x, strip, tile_rows, out),
-                        2..4 => $tile::<4, 2, $tail>(x, strip, tile_rows, out),
-                        _ => $tile::<4, 4, $tail>(x, strip, tile_rows, out),
-                    }
-                };
-            }
-        }
-        for row in rows / 4 * 4..rows {
-            let mut token = 0;
-            while token < strip.tokens {
-                let x = &x[token * prepared..];
-                let out = &mut out[token..];
-                // SAFETY: as above.
-                token += unsafe {
-                    match strip.tokens - token {
-                        1 => $tile::<1, 1, $tail>(x, strip, [row], out),
-                        2..4 => $tile::<1, 2, $tail>(x, strip, [row], out),
-                        _ => $tile::<1, 4, $tail>(x, strip, [row], out),
-                    }
-                };
-            }
-        }
-    }};
-}
-
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,fma")]
 pub(super) fn linear_f32(x: &[f32], strip: &Strip<'_>, out: &mut [f32]) {
+    let rows = out.len() / strip.tokens;
+    assert!(out.len() == rows * strip.tokens);
+    strip.check(x.len(), rows, 32);
     if strip.columns.is_multiple_of(PREPARED_MULTIPLE) {
-        tiles_f32::<false>(x, strip, out);
+        tiles::<false>(x, strip, rows, out);
     } else {
-        tiles_f32::<true>(x, strip, out);
+        tiles::<true>(x, strip, rows, out);
     }
 }
 
+/// What `linear_f32` has checked, a tile of rows at a time.
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,fma")]
-fn tiles_f32<const TAIL: bool>(x: &[f32], strip: &Strip<'_>, out: &mut [f32]) {
-    tile_rows_and_tokens!(tile_f32, TAIL, x, strip, out);
+fn tiles<const TAIL: bool>(x: &[f32], strip: &Strip<'_>, rows: usize, out: &mut [f32]) {
+    for i in 0..rows / 4 {
+        // SAFETY: `linear_f32` has checked the lengths, and the rows are below their number.
+        unsafe { groups::<4, TAIL>(x, strip, rows_apart(rows, i), out) };
+    }
+    for row in rows / 4 * 4..rows {
+        // SAFETY: as above.
+        unsafe { groups::<1, TAIL>(x, strip, [row], out) };
+    }
 }
 
-/// `R` rows times `M` tokens in f32; returns M.
+/// `R` rows times all tokens, in groups of nearly the same size: five are three and two.
 ///
 /// # Safety
-/// The lengths that `tile_rows_and_tokens` checks, for these rows and tokens `0..M` of x.
+/// The lengths that `linear_f32` checks, for these rows.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,fma")]
-unsafe fn tile_f32<const R: usize, const M: usize, const TAIL: bool>(
+unsafe fn groups<const R: usize, const TAIL: bool>(
     x: &[f32],
     strip: &Strip<'_>,
     rows: [usize; R],
     out: &mut [f32],
-) -> usize {
+) {
+    let prepared = strip.columns.next_multiple_of(PREPARED_MULTIPLE);
+    let groups = strip.tokens.div_ceil(MOST_TOKENS);
+    for group in 0..groups {
+        let first = group * strip.tokens / groups;
+        let tokens = (group + 1) * strip.tokens / groups - first;
+        let (x, out) = (&x[first * prepared..], &mut out[first..]);
+        // SAFETY: the caller's, and `first + M <= tokens`.
+        unsafe {
+            match tokens {
+                1 => tile::<R, 1, TAIL>(x, strip, rows, out),
+                2 => tile::<R, 2, TAIL>(x, strip, rows, out),
+                3 => tile::<R, 3, TAIL>(x, strip, rows, out),
+                _ => tile::<R, 4, TAIL>(x, strip, rows, out),
+            }
+        }
+    }
+}
+
+/// `R` rows times `M` tokens.
+///
+/// # Safety
+/// The lengths that `linear_f32` checks, for these rows and tokens `0..M` of x.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,fma")]
+unsafe fn tile<const R: usize, const M: usize, const TAIL: bool>(
+    x: &[f32],
+    strip: &Strip<'_>,
+    rows: [usize; R],
+    out: &mut [f32],
+) {
     // SAFETY: the array holds the 16 floats that are read.
     let levels = unsafe { _mm512_loadu_ps(LEVELS.as_ptr()) };
     let lanes = absmax_lanes(strip);
@@ -263,7 +264,9 @@ unsafe fn tile_f32<const R: usize, const M: usize, const TAIL: bool>(
             let absmax = unsafe { _mm_loadu_ps(strip.absmax.as_ptr().add(first)) };
             _mm512_permutexvar_ps(lanes, _mm512_broadcast_f32x4(absmax))
         });
-        let mut partial = [_mm512_setzero_ps(); R];
+        // Scaling a step's sums is cheaper than scaling its weights, where registers hold both.
+        let sums_are_scaled = M < MOST_TOKENS;
+        let mut partial = [[_mm512_setzero_ps(); M]; R];
         for nibble in 0..8 {
             let mut activations = [_mm512_setzero_ps(); M];
             for m in 0..M {
@@ -273,27 +276,26 @@ unsafe fn tile_f32<const R: usize, const M: usize, const TAIL: bool>(
                 activations[m] = unsafe { _mm512_loadu_ps(at) };
             }
             for r in 0..R {
-                let weights = _mm512_permutexvar_ps(codes[r], levels);
+                let mut weights = _mm512_permutexvar_ps(codes[r], levels);
                 codes[r] = _mm512_srli_epi32::<4>(codes[r]);
-                if M == 1 {
-                    // One activation row: scaling the partial sum is cheaper than scaling the weights.
-                    partial[r] = _mm512_fmadd_ps(weights, activations[0], partial[r]);
-                } else {
-                    let weights = _mm512_mul_ps(weights, scales[r]);
-                    for m in 0..M {
-                        sums[r][m] = _mm512_fmadd_ps(weights, activations[m], sums[r][m]);
-                    }
+                let sums = if sums_are_scaled { &mut partial[r] } else { &mut sums[r] };
+                if !sums_are_scaled {
+                    weights = _mm512_mul_ps(weights, scales[r]);
+                }
+                for m in 0..M {
+                    sums[m] = _mm512_fmadd_ps(weights, activations[m], sums[m]);
                 }
             }
         }
-        if M == 1 {
+        if sums_are_scaled {
             for r in 0..R {
-                sums[r][0] = _mm512_fmadd_ps(partial[r], scales[r], sums[r][0]);
+                for m in 0..M {
+                    sums[r][m] = _mm512_fmadd_ps(partial[r][m], scales[r], sums[r][m]);
+                }
             }
         }
     }
     store_sums(&sums, rows, strip.tokens, out);
-    M
 }
 
 /// Write `sums[r][token]`, summed over their lanes, to row `rows[r]` of `out`.

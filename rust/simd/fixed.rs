@@ -3,19 +3,23 @@
 //! Activations of 16 bits carry 8 or 11 significant bits, and so do the results. A product of 16 by 16
 //! bits, put together from products of bytes, which are exact, costs these CPUs less than looking up
 //! levels as floats and multiplying those. An activation becomes q = 256 high + low, both signed, times a
-//! unit that 64 neighbours share; a level L becomes U = S L + O = 256 u + v, both unsigned: the
+//! unit that 64 neighbours share; a level L becomes U = S (L + 1) = 256 u + v, both unsigned: the
 //! instruction wants one factor of each kind. Summed over weights of one block,
 //!
 //! ```text
-//! S sum L q = sum U q - O sum q
-//!           = 256 (256 sum u high + sum (u low + v high)) + sum v low - O sum q
+//! S sum L q = sum U q - S sum q
+//!           = 256 (256 sum u high + sum (u low + v high)) + sum v low - S sum q
 //! ```
 //!
-//! The weights are needed for what stands in parentheses alone. In the next sum v is replaced by its mean;
-//! what that misses is about 2^-14 of a product, less than rounding to q costs.
+//! The weights are needed for what stands in parentheses alone: in the next sum, v is replaced by what it
+//! is for the level zero, so that weights of zero contribute nothing. For others that misses about 2^-13
+//! of a typical product.
+
+// Without such kernels only what is shared between them is used.
+#![cfg_attr(not(target_arch = "x86_64"), allow(dead_code))]
 
 use super::Linear;
-use crate::codebook::LEVELS;
+use crate::codebook::{LEVELS, ZERO_CODE};
 use crate::memory::Plain;
 
 /// Activations that share a unit.
@@ -24,14 +28,16 @@ pub(super) const UNIT_SIZE: usize = 64;
 /// The largest q: both its bytes are 127.
 pub(super) const LARGEST: u32 = 0x7f7f;
 
-/// What levels are multiplied by, and what is added lest one be negative: of all choices, those with which
-/// v differs least from level to level, by 41 (standard deviation, codes as normally distributed weights
-/// have them) where chance would have it by 74.
-pub(super) const LEVEL_SCALE: f32 = 31773.0;
-pub(super) const LEVEL_OFFSET: f32 = 31861.0;
+/// S. Of all whole numbers that make v's mean what v is for zero (to one, with codes as frequent as
+/// normally distributed weights have them), that with which v differs least from it: 0.0020 S, root mean
+/// square.
+pub(super) const LEVEL_SCALE: f32 = 29058.0;
 
-/// The mean of v, for the same weights.
-pub(super) const MEAN_LOW: f32 = 76.0;
+/// v of the level zero.
+pub(super) const ZERO_LOW: f32 = level(ZERO_CODE as usize).to_be_bytes()[1] as f32;
+
+/// What v misses by, of a typical product with the activation low.
+pub(super) const LOW_ERROR: f32 = 0.0045;
 
 /// The bytes u, then v, of each level, four times over: an index's bits above the fourth may be anything.
 pub(super) static LEVEL_BYTES: [[u8; 64]; 2] = {
@@ -44,9 +50,9 @@ pub(super) static LEVEL_BYTES: [[u8; 64]; 2] = {
     bytes
 };
 
-/// A level as U, rounded to nearest.
-const fn level(code: usize) -> u16 {
-    (LEVELS[code] as f64 * LEVEL_SCALE as f64 + LEVEL_OFFSET as f64 + 0.5) as u16
+/// U of a code's level, rounded to nearest.
+pub(super) const fn level(code: usize) -> u16 {
+    ((LEVELS[code] as f64 + 1.0) * LEVEL_SCALE as f64 + 0.5) as u16
 }
 
 /// 128 activations. Byte i of as many codes holds weights 2i (high nibble) and 2i + 1.
@@ -81,8 +87,8 @@ pub struct FewRowsFixed {
     ///
     /// Returns whether that lost little: false where a value is not finite, or where large values leave
     /// those beside them too few bits. To be exact, the errors of all activations (their root mean
-    /// square) may be `tolerance` of the row's size, of which the largest activation of each unit does
-    /// not count: weights of zero may hide those, and what is left should be right even then.
+    /// square) may be `tolerance` of the row's size, for which the few largest activations of each unit
+    /// do not count: weights of zero may hide those, and what is left should be right even then.
     pub prepare: fn(x: &[f32], tolerance: f32, out: &mut [FixedStep]) -> bool,
     /// As [`super::Kernels::linear_f32`], for up to `most` rows, one after the other.
     pub linear: Linear<FixedStep>,
