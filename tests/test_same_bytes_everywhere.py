@@ -115,7 +115,8 @@ def test_the_fastest_path_is_taken_unless_one_is_named(
     assert PATHS[-1] == "portable"
 
 
-MISSING = [path for path in ("amx", "avx512_bf16", "avx512_vnni", "avx512", "avx2") if path not in PATHS]
+X86_PATHS = ("amx", "avx512_bf16", "avx512_vnni", "avx512", "avx2")
+MISSING = [path for path in X86_PATHS if path not in PATHS]
 
 
 @pytest.mark.parametrize("path", ["sse9", "AVX2", *MISSING])
