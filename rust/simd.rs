@@ -33,6 +33,8 @@ mod avx512_fixed_linear;
 mod avx512_gemm;
 #[cfg(target_arch = "x86_64")]
 mod avx512_linear;
+#[cfg(target_arch = "x86_64")]
+mod avx512_many_tokens;
 mod crossover;
 mod fixed;
 mod gated;

@@ -8,14 +8,15 @@
 //! in its high nibble. A last step of fewer than 128 weights reads zeros past the row's end; its
 //! activations are padded with zeros. Products of bf16 as such: `avx512_bf16_linear.rs`.
 
-use super::{FETCH_DISTANCE, PREPARED_MULTIPLE, Strip, fetch_ahead};
+use super::{FETCH_DISTANCE, PREPARED_MULTIPLE, Strip, avx512_many_tokens, fetch_ahead};
 use crate::codebook::LEVELS;
 use std::arch::x86_64::*;
 
 /// Codes of a step.
 const STEP_BYTES: usize = PREPARED_MULTIPLE / 2;
 
-/// Tokens of a tile, at most: its sums and decoded weights fit in 32 registers.
+/// Tokens of a tile, at most: the sums of four rows and their weights fit in 32 registers. More tokens:
+/// `avx512_many_tokens.rs`.
 const MOST_TOKENS: usize = 4;
 
 /// Bytes ahead of their use at which a stream's codes are asked for.
@@ -89,7 +90,7 @@ fn row_sums<const R: usize, const U: usize>(rows: &[f32], x: &[f32]) -> [__m512;
 /// The sums over lanes of four vectors, in order.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq")]
-fn sums_of_four([a, b, c, d]: [__m512; 4]) -> [f32; 4] {
+pub(super) fn sums_of_four([a, b, c, d]: [__m512; 4]) -> [f32; 4] {
     let pair = |a, b| _mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
     let (ab, cd) = (pair(a, b), pair(c, d));
     let quarters =
@@ -160,6 +161,14 @@ impl<'a, const R: usize, const TAIL: bool> Codes<'a, R, TAIL> {
         }
     }
 
+    /// Ask for each row's line of codes `rows` rows on.
+    #[inline]
+    pub(super) fn fetch_rows_on(&self, rows: usize, step: usize) {
+        for row in self.rows {
+            fetch_ahead(row.as_ptr().wrapping_add(step * STEP_BYTES), rows * row.len());
+        }
+    }
+
     /// Ask for one line of codes per row, in the order of memory: see [`fetch_ahead`].
     #[inline]
     pub(super) fn fetch_ahead(&self, step: usize) {
@@ -194,42 +203,38 @@ pub(super) fn linear_f32(x: &[f32], strip: &Strip<'_>, out: &mut [f32]) {
 /// What `linear_f32` has checked, a tile of rows at a time.
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,fma")]
 fn tiles<const TAIL: bool>(x: &[f32], strip: &Strip<'_>, rows: usize, out: &mut [f32]) {
+    if strip.tokens > MOST_TOKENS {
+        return avx512_many_tokens::linear::<TAIL>(x, strip, rows, out);
+    }
     for i in 0..rows / 4 {
         // SAFETY: `linear_f32` has checked the lengths, and the rows are below their number.
-        unsafe { groups::<4, TAIL>(x, strip, rows_apart(rows, i), out) };
+        unsafe { tile_of_tokens::<4, TAIL>(x, strip, rows_apart(rows, i), out) };
     }
     for row in rows / 4 * 4..rows {
         // SAFETY: as above.
-        unsafe { groups::<1, TAIL>(x, strip, [row], out) };
+        unsafe { tile_of_tokens::<1, TAIL>(x, strip, [row], out) };
     }
 }
 
-/// `R` rows times all tokens, in groups of nearly the same size: five are three and two.
+/// `R` rows times all tokens, up to [`MOST_TOKENS`].
 ///
 /// # Safety
 /// The lengths that `linear_f32` checks, for these rows.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,fma")]
-unsafe fn groups<const R: usize, const TAIL: bool>(
+unsafe fn tile_of_tokens<const R: usize, const TAIL: bool>(
     x: &[f32],
     strip: &Strip<'_>,
     rows: [usize; R],
     out: &mut [f32],
 ) {
-    let prepared = strip.columns.next_multiple_of(PREPARED_MULTIPLE);
-    let groups = strip.tokens.div_ceil(MOST_TOKENS);
-    for group in 0..groups {
-        let first = group * strip.tokens / groups;
-        let tokens = (group + 1) * strip.tokens / groups - first;
-        let (x, out) = (&x[first * prepared..], &mut out[first..]);
-        // SAFETY: the caller's, and `first + M <= tokens`.
-        unsafe {
-            match tokens {
-                1 => tile::<R, 1, TAIL>(x, strip, rows, out),
-                2 => tile::<R, 2, TAIL>(x, strip, rows, out),
-                3 => tile::<R, 3, TAIL>(x, strip, rows, out),
-                _ => tile::<R, 4, TAIL>(x, strip, rows, out),
-            }
+    // SAFETY: the caller's, for as many tokens.
+    unsafe {
+        match strip.tokens {
+            1 => tile::<R, 1, TAIL>(x, strip, rows, out),
+            2 => tile::<R, 2, TAIL>(x, strip, rows, out),
+            3 => tile::<R, 3, TAIL>(x, strip, rows, out),
+            _ => tile::<R, 4, TAIL>(x, strip, rows, out),
         }
     }
 }
