@@ -118,13 +118,24 @@ def test_a_layer_with_very_many_outputs_is_as_accurate_as_torch(
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("rows", [5, 9, 20])
+@pytest.mark.parametrize("block_size", [32, 64])
+def test_rows_that_end_inside_a_step_far_on_are_as_accurate_as_torch(
+    block_size: int, rows: int, dtype: torch.dtype
+) -> None:
+    x, weight = torch.randn(rows, 1088).to(dtype), torch.randn(37, 1088)
+    check_linear(Product(x, weight, block_size, True, None))
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("rows", [1, 2, 3])
 @pytest.mark.parametrize("large", [30.0, 300.0, 3e4])
 def test_a_large_activation_that_meets_zeros_costs_the_others_no_bits(
     large: float, rows: int, dtype: torch.dtype
 ) -> None:
     x, weight = torch.randn(rows, 1024).to(dtype), torch.randn(400, 1024)
-    x[-1, 70], weight[:, 70] = large, 0
+    # 32 apart in one run of 64: kernels may look at such values side by side.
+    x[-1, [70, 102]], weight[:, [70, 102]] = large, 0
     packed = qlora_rs.quantize(weight)
     dense = packed.dequantize(torch.float64)
     torchs = torch.nn.functional.linear(x, dense.to(dtype))

@@ -32,7 +32,8 @@ static KERNELS: Kernels = Kernels {
     ..avx512::KERNELS_WITH_BF16
 };
 
-/// The table, if this CPU has AMX with bf16 (and what such CPUs have beside it) and the system lets this process use it.
+/// The table, if this CPU has AMX with bf16, and what such CPUs have beside it, and the system lets this
+/// process use it.
 pub(super) fn detect() -> Option<&'static Kernels> {
     static FOUND: OnceLock<bool> = OnceLock::new();
     let found = *FOUND.get_or_init(|| {

@@ -66,14 +66,18 @@ fn prepare_step(step: &[f32; PREPARED_MULTIPLE], out: &mut FixedStep) -> Loss {
         }
         // Of four values the larger one of the smaller pair: about as large as they are, unless both pairs
         // hold one that is too large.
-        let typical = _mm512_mul_ps(_mm512_min_ps(pairs[0], pairs[1]), _mm512_set1_ps(inverse));
+        let typical = _mm512_min_ps(pairs[0], pairs[1]);
+        // The same of two such groups: values 16, 32 or 48 apart are in one.
+        let typical = _mm512_min_ps(typical, _mm512_shuffle_f32x4::<0b00_11_10_01>(typical, typical));
+        let typical = _mm512_mul_ps(typical, _mm512_set1_ps(inverse));
         let square = f64::from(unit).powi(2);
         loss += Loss {
             error: square * f64::from(_mm512_reduce_add_ps(error)),
             size: square * 4.0 * f64::from(_mm512_reduce_add_ps(_mm512_mul_ps(typical, typical))),
         };
         if exponent > *EXPONENTS.end() {
-            loss.error = f64::INFINITY;
+            // NaN, unlike infinity, is refused however large the row is.
+            loss.error = f64::NAN;
         }
         units[half] = unit;
         store_bytes(&integers, half, out);

@@ -204,7 +204,8 @@ pub(super) fn linear_f32(x: &[f32], strip: &Strip<'_>, out: &mut [f32]) {
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,fma")]
 fn tiles<const TAIL: bool>(x: &[f32], strip: &Strip<'_>, rows: usize, out: &mut [f32]) {
     if strip.tokens > MOST_TOKENS {
-        return avx512_many_tokens::linear::<TAIL>(x, strip, rows, out);
+        // SAFETY: `linear_f32` has checked the lengths.
+        return unsafe { avx512_many_tokens::linear::<TAIL>(x, strip, rows, out) };
     }
     for i in 0..rows / 4 {
         // SAFETY: `linear_f32` has checked the lengths, and the rows are below their number.

@@ -12,19 +12,25 @@ use std::arch::x86_64::*;
 /// Tokens of a tile, at most: two rows' sums, codes, scales and weights fit in 32 registers.
 const MOST_TOKENS: usize = 8;
 
-/// Steps of a piece: 4 KiB of activations per token.
+/// Steps of a piece: 4 KiB of activations per token, two thirds of a first-level cache of 48 KiB.
 const PIECE: usize = 8;
 
 /// Rows ahead of their use at which a piece's codes are asked for: they do not lie in the order of memory.
 const ROWS_AHEAD: usize = 2;
 
-/// As `avx512_linear::linear_f32`, which has checked the lengths.
+/// As `avx512_linear::linear_f32`, for more than four tokens.
+///
+/// # Safety
+/// `linear_f32` must have checked the lengths.
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,fma")]
-pub(super) fn linear<const TAIL: bool>(x: &[f32], strip: &Strip<'_>, rows: usize, out: &mut [f32]) {
+pub(super) unsafe fn linear<const TAIL: bool>(x: &[f32], strip: &Strip<'_>, rows: usize, out: &mut [f32]) {
     let prepared = strip.columns.next_multiple_of(PREPARED_MULTIPLE);
     let steps = prepared / PREPARED_MULTIPLE;
     // Groups of nearly the same size: nine tokens are five and four, not eight and one.
     let groups = strip.tokens.div_ceil(MOST_TOKENS);
+    if rows == 0 {
+        return;
+    }
     out.fill(0.0);
     for first in (0..steps).step_by(PIECE) {
         let piece = first..steps.min(first + PIECE);

@@ -95,7 +95,14 @@ fn fixed_point_says_where_it_would_lose_too_much() {
             assert!(!takes(&with(&[at], 1001.0), half));
         }
         assert!(!takes(&with(&[70, 71, 72], 3e4), brain), "several beside each other");
-        assert!(!takes(&with(&[70, 100], -3e4), brain));
+        for other in 71..128 {
+            assert!(!takes(&with(&[70, other], -3e4), brain), "two of them, {other}");
+            assert!(!takes(&with(&[70, other], f32::INFINITY), brain), "{other}");
+        }
+        assert!(!takes(&[f32::INFINITY; 128], brain) && !takes(&[f32::NAN; 128], brain));
+        let mut mixed = with(&[64, 96], f32::NEG_INFINITY);
+        mixed[80] = f32::NAN;
+        assert!(!takes(&mixed, brain));
         let ones: Vec<f32> = (0..1024).map(|i| if i % 64 == 9 { 8192.0 } else { 1.0 }).collect();
         assert!(!takes(&ones, half), "exact as integers, but all of them low bytes");
         assert!(!takes(&[1e37; 128], brain), "terms that cancel each other could overflow");
