@@ -46,9 +46,10 @@ fn prepare_step(step: &[f32; PREPARED_MULTIPLE], out: &mut FixedStep) -> Loss {
     let mut loss = Loss::default();
     let mut units = [0.0; 2];
     for (half, values) in step.as_chunks::<UNIT_SIZE>().0.iter().enumerate() {
-        // SAFETY: i < 4, so 16 floats from 16 * i lie in the array of 64.
-        let values: [__m512; 4] =
-            std::array::from_fn(|i| unsafe { _mm512_loadu_ps(values.as_ptr().add(16 * i)) });
+        let values: [__m512; 4] = std::array::from_fn(|i| {
+            // SAFETY: i < 4, so 16 floats from 16 * i lie in the array of 64.
+            unsafe { _mm512_loadu_ps(values.as_ptr().add(16 * i)) }
+        });
         let sizes = values.map(|value| _mm512_abs_ps(value));
         let pairs = [_mm512_max_ps(sizes[0], sizes[1]), _mm512_max_ps(sizes[2], sizes[3])];
         let largest = _mm512_reduce_max_ps(_mm512_max_ps(pairs[0], pairs[1]));
