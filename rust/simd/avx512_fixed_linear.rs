@@ -5,7 +5,7 @@
 //! byte of all 128 levels. Lane d of a sum (32 bits) covers weights 8d .. 8d+7. What the bytes are:
 //! `fixed.rs`.
 
-use super::avx512_linear::{Codes, absmax_lanes, ends_inside, rows_apart, store_sums};
+use super::avx512_linear::{Codes, Scales, rows_apart, store_sums};
 use super::fixed::{FixedStep, LEVEL_BYTES};
 use super::{PREPARED_MULTIPLE, Strip};
 use std::arch::x86_64::*;
@@ -67,25 +67,19 @@ unsafe fn tile<const R: usize, const M: usize, const TAIL: bool>(
     out: &mut [f32],
 ) {
     let [high_bytes, low_bytes] = [0, 1].map(|i| bytes(&LEVEL_BYTES[i]));
-    let lanes = absmax_lanes(strip);
-    // Block sizes are powers of two; a division here would cost as much as the step.
-    let (blocks, block_shift) = (strip.blocks(), strip.block_size.trailing_zeros());
-    let codes = Codes::<R, TAIL>::new(strip, rows);
+    let (codes, scales_of) = (Codes::<R, TAIL>::new(strip, rows), Scales::<R, TAIL>::new(strip, rows));
     let steps = strip.columns.div_ceil(PREPARED_MULTIPLE);
     let mut sums = [[_mm512_setzero_ps(); M]; R];
     for step in 0..steps {
         codes.fetch_streams(step);
-        let lanes = lanes[usize::from(ends_inside(strip, step))];
         for r in 0..R {
             // Odd weights are in the low nibbles.
             let odd = codes.load(r, step);
             let even = _mm512_srli_epi16::<4>(odd);
             let high = [_mm512_permutexvar_epi8(odd, high_bytes), _mm512_permutexvar_epi8(even, high_bytes)];
             let low = [_mm512_permutexvar_epi8(odd, low_bytes), _mm512_permutexvar_epi8(even, low_bytes)];
-            let first = rows[r] * blocks + ((step * PREPARED_MULTIPLE) >> block_shift);
-            // SAFETY: a step's first block is below columns / block_size, and four values follow the last row.
-            let absmax = unsafe { _mm_loadu_ps(strip.absmax.as_ptr().add(first)) };
-            let scales = _mm512_permutexvar_ps(lanes, _mm512_broadcast_f32x4(absmax));
+            // SAFETY: the caller's lengths, and a step of the rows.
+            let scales = unsafe { scales_of.load(r, step) };
             for m in 0..M {
                 // SAFETY: each of M tokens has as many steps.
                 let x = unsafe { x.get_unchecked(m * steps + step) };

@@ -178,11 +178,51 @@ impl<'a, const R: usize, const TAIL: bool> Codes<'a, R, TAIL> {
     }
 }
 
+/// What the weights of a tile's rows are multiplied by, a step at a time; `TAIL` as in [`Codes`].
+pub(super) struct Scales<'a, const R: usize, const TAIL: bool> {
+    absmax: &'a [f32],
+    /// Where each row's begin.
+    rows: [usize; R],
+    /// Block sizes are powers of two; a division in a step would cost as much as the step.
+    block_shift: u32,
+    lanes: [__m512i; 2],
+    /// The first step inside which rows end.
+    last: usize,
+}
+
+impl<'a, const R: usize, const TAIL: bool> Scales<'a, R, TAIL> {
+    #[inline]
+    #[target_feature(enable = "avx512f")]
+    pub(super) fn new(strip: &Strip<'a>, rows: [usize; R]) -> Self {
+        Self {
+            absmax: strip.absmax,
+            rows: rows.map(|row| row * strip.blocks()),
+            block_shift: strip.block_size.trailing_zeros(),
+            lanes: absmax_lanes(strip),
+            last: strip.columns / PREPARED_MULTIPLE,
+        }
+    }
+
+    /// The scale of each eight weights of row `r` in a step.
+    ///
+    /// # Safety
+    /// `Strip::check` must have passed, the rows be the strip's and the step one of theirs.
+    #[inline]
+    #[target_feature(enable = "avx512f")]
+    pub(super) unsafe fn load(&self, r: usize, step: usize) -> __m512 {
+        let first = self.rows[r] + ((step * PREPARED_MULTIPLE) >> self.block_shift);
+        // SAFETY: a step's first block is one of the row's, and four values follow the last row.
+        let absmax = unsafe { _mm_loadu_ps(self.absmax.as_ptr().add(first)) };
+        let lanes = self.lanes[usize::from(TAIL && step == self.last)];
+        _mm512_permutexvar_ps(lanes, _mm512_broadcast_f32x4(absmax))
+    }
+}
+
 /// Tile `i` of four rows, a quarter of the strip apart.
 ///
 /// Each of the four is a stream of its own then, read in the order of memory from tile to tile, which is
 /// what CPUs recognize and fetch ahead by themselves; neighbouring rows, that begin in one page, they
-/// take for one stream out of order. Weights that no cache holds come an eighth to a fifth faster so.
+/// take for one stream out of order (`python -m benches.bandwidth` shows it).
 #[inline]
 pub(super) fn rows_apart(rows: usize, i: usize) -> [usize; 4] {
     std::array::from_fn(|r| i + r * (rows / 4))
@@ -254,21 +294,15 @@ unsafe fn tile<const R: usize, const M: usize, const TAIL: bool>(
 ) {
     // SAFETY: the array holds the 16 floats that are read.
     let levels = unsafe { _mm512_loadu_ps(LEVELS.as_ptr()) };
-    let lanes = absmax_lanes(strip);
-    // Block sizes are powers of two; a division here would cost as much as the step.
-    let (blocks, block_shift) = (strip.blocks(), strip.block_size.trailing_zeros());
-    let codes_of = Codes::<R, TAIL>::new(strip, rows);
+    let (codes_of, scales_of) = (Codes::<R, TAIL>::new(strip, rows), Scales::<R, TAIL>::new(strip, rows));
     let prepared = strip.columns.next_multiple_of(PREPARED_MULTIPLE);
     let mut sums = [[_mm512_setzero_ps(); M]; R];
     for step in 0..prepared / PREPARED_MULTIPLE {
         codes_of.fetch_streams(step);
         let mut codes: [__m512i; R] = std::array::from_fn(|r| codes_of.load(r, step));
-        let lanes = lanes[usize::from(ends_inside(strip, step))];
         let scales: [__m512; R] = std::array::from_fn(|r| {
-            let first = rows[r] * blocks + ((step * PREPARED_MULTIPLE) >> block_shift);
-            // SAFETY: a step's first block is below columns / block_size, and four values follow the last row.
-            let absmax = unsafe { _mm_loadu_ps(strip.absmax.as_ptr().add(first)) };
-            _mm512_permutexvar_ps(lanes, _mm512_broadcast_f32x4(absmax))
+            // SAFETY: the caller's lengths, and a step of the rows.
+            unsafe { scales_of.load(r, step) }
         });
         // Scaling a step's sums is cheaper than scaling its weights, where registers hold both.
         let sums_are_scaled = M < MOST_TOKENS;

@@ -4,7 +4,7 @@
 //! should lie in the first-level cache: rows are cut into pieces of columns whose activations fit there,
 //! and a piece's products are added to those of the pieces before it.
 
-use super::avx512_linear::{Codes, absmax_lanes, ends_inside, sums_of_four};
+use super::avx512_linear::{Codes, Scales, sums_of_four};
 use super::{PREPARED_MULTIPLE, Strip};
 use crate::codebook::LEVELS;
 use std::arch::x86_64::*;
@@ -90,21 +90,15 @@ unsafe fn tile<const R: usize, const M: usize, const TAIL: bool>(
 ) {
     // SAFETY: the array holds the 16 floats that are read.
     let levels = unsafe { _mm512_loadu_ps(LEVELS.as_ptr()) };
-    let lanes = absmax_lanes(strip);
-    // Block sizes are powers of two; a division here would cost as much as the step.
-    let (blocks, block_shift) = (strip.blocks(), strip.block_size.trailing_zeros());
-    let codes_of = Codes::<R, TAIL>::new(strip, rows);
+    let (codes_of, scales_of) = (Codes::<R, TAIL>::new(strip, rows), Scales::<R, TAIL>::new(strip, rows));
     let prepared = strip.columns.next_multiple_of(PREPARED_MULTIPLE);
     let mut sums = [[_mm512_setzero_ps(); 8]; R];
     for step in steps {
         codes_of.fetch_rows_on(ROWS_AHEAD, step);
         let mut codes: [__m512i; R] = std::array::from_fn(|r| codes_of.load(r, step));
-        let lanes = lanes[usize::from(ends_inside(strip, step))];
         let scales: [__m512; R] = std::array::from_fn(|r| {
-            let first = rows[r] * blocks + ((step * PREPARED_MULTIPLE) >> block_shift);
-            // SAFETY: a step's first block is below columns / block_size, and four values follow the last row.
-            let absmax = unsafe { _mm_loadu_ps(strip.absmax.as_ptr().add(first)) };
-            _mm512_permutexvar_ps(lanes, _mm512_broadcast_f32x4(absmax))
+            // SAFETY: the caller's lengths, and a step of the rows.
+            unsafe { scales_of.load(r, step) }
         });
         for nibble in 0..8 {
             let mut weights = [_mm512_setzero_ps(); R];
