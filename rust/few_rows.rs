@@ -8,10 +8,11 @@ mod low_rank;
 use crate::element::Element;
 use crate::error::Error;
 use crate::gemm::Product;
-use crate::memory::Scratch;
+use crate::memory::{Plain, Scratch};
 use crate::packed_matrix::PackedMatrix;
 use crate::parallel::{self, ColumnRange, Columns};
-use crate::simd::{ABSMAX_PADDING, FewRowsBf16, FewRowsFixed, FixedStep, Kernels, PREPARED_MULTIPLE, Strip};
+use crate::simd::{ABSMAX_PADDING, Kernels, PREPARED_MULTIPLE, Strip};
+use crate::simd::{ByteStep, FewRowsBf16, FewRowsFixed, WordStep};
 use half::bf16;
 use std::ops::Range;
 
@@ -35,8 +36,10 @@ enum Prepared {
     F32(Scratch),
     /// Reordered bf16.
     Bf16(Scratch, FewRowsBf16),
-    /// In fixed point.
-    Fixed(Scratch, FewRowsFixed),
+    /// In fixed point, as bytes.
+    Bytes(Scratch, FewRowsFixed<ByteStep>),
+    /// In fixed point, as words.
+    Words(Scratch, FewRowsFixed<WordStep>),
 }
 
 /// Write a forward product to `y` [tokens, out] and x Aᵀ times scaling to `hidden` [tokens, rank].
@@ -159,8 +162,13 @@ fn prepare<T: Element>(
         (kernels.prepare)(x, columns, &mut prepared.values_mut()[..tokens * width]);
         return Prepared::Bf16(prepared, kernels);
     }
-    if let Some(prepared) = prepare_fixed(kernels, x, tokens, columns) {
-        return prepared;
+    if size_of::<T>() == 2 {
+        if let Some((prepared, few)) = prepare_fixed(kernels, kernels.few_rows_bytes, x, tokens, columns) {
+            return Prepared::Bytes(prepared, few);
+        }
+        if let Some((prepared, few)) = prepare_fixed(kernels, kernels.few_rows_words, x, tokens, columns) {
+            return Prepared::Words(prepared, few);
+        }
     }
     let mut wide = Scratch::of::<f32>(columns);
     let wide = &mut wide.values_mut()[..columns];
@@ -172,20 +180,26 @@ fn prepare<T: Element>(
     Prepared::F32(prepared)
 }
 
-/// 16-bit activations in fixed point, if that is faster and exact enough.
-fn prepare_fixed<T: Element>(kernels: &Kernels, x: &[T], tokens: usize, columns: usize) -> Option<Prepared> {
-    let fixed = kernels.few_rows_fixed.filter(|fixed| tokens <= fixed.most && size_of::<T>() == 2)?;
+/// 16-bit activations in fixed point, if there are kernels for it and it is faster and exact enough.
+fn prepare_fixed<T: Element, Step: Plain>(
+    kernels: &Kernels,
+    few: Option<FewRowsFixed<Step>>,
+    x: &[T],
+    tokens: usize,
+    columns: usize,
+) -> Option<(Scratch, FewRowsFixed<Step>)> {
+    let few = few.filter(|few| tokens <= few.most)?;
     let steps = columns.div_ceil(PREPARED_MULTIPLE);
     let mut wide = Scratch::of::<f32>(columns);
     let wide = &mut wide.values_mut()[..columns];
-    let mut prepared = Scratch::of::<FixedStep>(tokens * steps);
+    let mut prepared = Scratch::of::<Step>(tokens * steps);
     for (row, out) in x.chunks_exact(columns).zip(prepared.values_mut().chunks_exact_mut(steps)) {
         T::widen(kernels, row, wide);
-        if !(fixed.prepare)(wide, T::EPSILON * FIXED_TOLERANCE, out) {
+        if !(few.prepare)(wide, T::EPSILON * FIXED_TOLERANCE, out) {
             return None;
         }
     }
-    Some(Prepared::Fixed(prepared, fixed))
+    Some((prepared, few))
 }
 
 /// Rows that start at block boundaries: the kernels decode them in registers.
@@ -212,7 +226,10 @@ fn strip_fused(
     match prepared {
         Prepared::F32(x) => (kernels.linear_f32)(&x.values()[..prepared_values], &strip, products),
         Prepared::Bf16(x, kernels) => (kernels.linear)(&x.values()[..prepared_values], &strip, products),
-        Prepared::Fixed(x, kernels) => {
+        Prepared::Bytes(x, kernels) => {
+            (kernels.linear)(&x.values()[..prepared_values / PREPARED_MULTIPLE], &strip, products);
+        }
+        Prepared::Words(x, kernels) => {
             (kernels.linear)(&x.values()[..prepared_values / PREPARED_MULTIPLE], &strip, products);
         }
     }

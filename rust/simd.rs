@@ -12,6 +12,10 @@ mod avx2;
 #[cfg(target_arch = "x86_64")]
 mod avx2_decode;
 #[cfg(target_arch = "x86_64")]
+mod avx2_fixed;
+#[cfg(target_arch = "x86_64")]
+mod avx2_fixed_linear;
+#[cfg(target_arch = "x86_64")]
 mod avx2_gemm;
 #[cfg(target_arch = "x86_64")]
 mod avx2_linear;
@@ -48,7 +52,7 @@ use crate::packed_matrix::NestedScales;
 use half::{bf16, f16};
 use std::sync::OnceLock;
 
-pub use fixed::{FewRowsFixed, FixedStep};
+pub use fixed::{ByteStep, FewRowsFixed, WordStep};
 
 /// Prepared activations and decoded scales for a strip of weight rows; see [`Kernels::linear_f32`].
 #[derive(Clone, Copy, Debug)]
@@ -154,7 +158,9 @@ pub struct Kernels {
     /// Up to how many rows of activations `linear_f32` beats panels (f32, then bf16): `crossover.rs`.
     pub few_rows: [usize; 2],
     /// One to a few rows of 16-bit activations, where this CPU has an instruction for products of bytes.
-    pub few_rows_fixed: Option<FewRowsFixed>,
+    pub few_rows_bytes: Option<FewRowsFixed<ByteStep>>,
+    /// The same by products of 16-bit words, where levels are looked up as bytes.
+    pub few_rows_words: Option<FewRowsFixed<WordStep>>,
     /// Products of bf16 as such, where this path has an instruction for that; elsewhere bf16 is
     /// widened to f32.
     pub bf16: Option<Bf16Kernels>,

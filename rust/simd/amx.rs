@@ -28,7 +28,7 @@ static KERNELS: Kernels = Kernels {
         }),
     }),
     few_rows: crossover::AMX,
-    few_rows_fixed: Some(avx512::FEW_ROWS_FIXED),
+    few_rows_bytes: Some(avx512::FEW_ROWS_BYTES),
     ..avx512::KERNELS_WITH_BF16
 };
 

@@ -1,12 +1,13 @@
 //! AVX2, FMA and F16C, what nearly every x86 CPU since 2013 has: quantize and conversions. Decoding:
-//! `avx2_decode.rs`. Products: `avx2_linear.rs`, `avx2_gemm.rs`.
+//! `avx2_decode.rs`. Products: `avx2_linear.rs`, `avx2_fixed_linear.rs`, `avx2_gemm.rs`.
 //!
 //! All functions here are reached through [`KERNELS`] alone, and [`detect`] hands that table out
 //! only where the CPU has the features: that is the argument of every `unsafe` call below.
 
-use super::{Kernels, PanelKernels, avx2_decode, avx2_gemm, avx2_linear};
-use super::{crossover, gated, portable, softmax};
+use super::{FewRowsFixed, Kernels, PanelKernels, crossover, gated, portable, softmax};
+use super::{avx2_decode, avx2_fixed, avx2_fixed_linear, avx2_gemm, avx2_linear};
 use crate::codebook::BOUNDARIES;
+use crate::packed_matrix::NestedScales;
 use crate::quantize::SMALLEST_ABSMAX;
 use half::{bf16, f16};
 use std::arch::x86_64::*;
@@ -43,7 +44,8 @@ static KERNELS: Kernels = Kernels {
     dequantize_bf16: |codes, absmax, block_size, out| unsafe {
         avx2_decode::dequantize_bf16(codes, absmax, block_size, out);
     },
-    decode_absmax: portable::decode_absmax,
+    // SAFETY: as above.
+    decode_absmax: |nested, first, out| unsafe { decode_absmax(nested, first, out) },
     // SAFETY: as above.
     matrix_vector: |matrix, x, out| unsafe { avx2_linear::matrix_vector(matrix, x, out) },
     prepare_f32: avx2_linear::prepare_f32,
@@ -66,7 +68,14 @@ static KERNELS: Kernels = Kernels {
     // SAFETY: as above.
     finish_bf16: |sums, transpose, bias, out| unsafe { avx2_gemm::finish_bf16(sums, transpose, bias, out) },
     few_rows: crossover::AVX2,
-    few_rows_fixed: None,
+    few_rows_bytes: None,
+    few_rows_words: Some(FewRowsFixed {
+        most: usize::MAX,
+        // SAFETY: as above.
+        prepare: |x, tolerance, out| unsafe { avx2_fixed::prepare(x, tolerance, out) },
+        // SAFETY: as above.
+        linear: |x, strip, out| unsafe { avx2_fixed_linear::linear(x, strip, out) },
+    }),
     bf16: None,
 };
 
@@ -116,6 +125,27 @@ fn narrow_f16(values: &[f32], out: &mut [f16]) {
 #[target_feature(enable = "avx2")]
 fn narrow_bf16(values: &[f32], out: &mut [bf16]) {
     softmax::narrow_bf16(values, out);
+}
+
+/// Eight look-ups beside each other; a gather would be no faster, and on some CPUs far slower.
+#[target_feature(enable = "avx2")]
+fn decode_absmax(nested: &NestedScales<'_>, first: usize, out: &mut [f32]) {
+    let (map, offset) = (nested.map, _mm256_set1_ps(nested.offset));
+    nested.for_each_group(first, out, |codes, absmax, out| {
+        let (eights, codes_tail) = codes.as_chunks::<8>();
+        let (out, out_tail) = out.as_chunks_mut::<8>();
+        for (codes, out) in eights.iter().zip(out) {
+            let [a, b, c, d, e, f, g, h] = codes.map(|code| map[usize::from(code)]);
+            let values = _mm256_setr_ps(a, b, c, d, e, f, g, h);
+            // Two roundings, as bitsandbytes has them: a fused multiply-add would have one.
+            let sum = _mm256_add_ps(_mm256_mul_ps(values, _mm256_set1_ps(absmax)), offset);
+            // SAFETY: the array holds the 8 floats that are written.
+            unsafe { _mm256_storeu_ps(out.as_mut_ptr(), sum) };
+        }
+        for (code, out) in codes_tail.iter().zip(out_tail) {
+            *out = map[usize::from(*code)] * absmax + nested.offset;
+        }
+    });
 }
 
 #[target_feature(enable = "avx2")]

@@ -9,7 +9,7 @@ use super::{FETCH_DISTANCE, Strip, fetch_ahead};
 use std::arch::x86_64::*;
 
 /// Codes of a step.
-const STEP_BYTES: usize = 32;
+pub(super) const STEP_BYTES: usize = 32;
 
 /// Weights of a step, and of either half of its vector of codes.
 const STEP: usize = 2 * STEP_BYTES;
@@ -115,26 +115,14 @@ impl<const R: usize> Rows<'_, R> {
             }
             let x = x.map(|x| &x[step]);
             for r in 0..R {
-                // SAFETY: the array holds the 32 bytes that are read.
-                let codes = unsafe { _mm256_loadu_si256(steps[r][step].as_ptr().cast()) };
-                // The two halves are of one block, or of two of 32 weights.
-                let absmax = self.absmax[r];
-                let scale = if shift == 0 {
-                    _mm256_set_m128(_mm_set1_ps(absmax[2 * step + 1]), _mm_set1_ps(absmax[2 * step]))
-                } else {
-                    _mm256_set1_ps(absmax[(2 * step) >> shift])
-                };
-                add_step(levels, codes, scale, x, &mut sums[r]);
+                let scale = scale_of(self.absmax[r], step, shift);
+                add_step(levels, load(&steps[r][step]), scale, x, &mut sums[r]);
             }
         }
         if !self.codes[0].len().is_multiple_of(STEP_BYTES) {
             for r in 0..R {
-                // A last block of 32 weights alone: its absmax is for the lower half, and the upper half's
-                // activations are zeros.
-                let codes = &self.codes[r].as_chunks::<16>().0[2 * whole];
-                // SAFETY: the array holds the 16 bytes that are read.
-                let codes = _mm256_zextsi128_si256(unsafe { _mm_loadu_si128(codes.as_ptr().cast()) });
-                let scale = _mm256_zextps128_ps256(_mm_set1_ps(self.absmax[r][2 * whole]));
+                let half = &self.codes[r].as_chunks().0[2 * whole];
+                let (codes, scale) = last_half(half, self.absmax[r]);
                 add_step(levels, codes, scale, x.map(|x| &x[whole]), &mut sums[r]);
             }
         }
@@ -144,6 +132,37 @@ impl<const R: usize> Rows<'_, R> {
             }
         }
     }
+}
+
+/// A step's codes.
+#[inline]
+#[target_feature(enable = "avx2")]
+pub(super) fn load(codes: &[u8; STEP_BYTES]) -> __m256i {
+    // SAFETY: the array holds the 32 bytes that are read.
+    unsafe { _mm256_loadu_si256(codes.as_ptr().cast()) }
+}
+
+/// What a step of a row is scaled by, for blocks of 32 << shift weights.
+#[inline]
+#[target_feature(enable = "avx2")]
+pub(super) fn scale_of(absmax: &[f32], step: usize, shift: u32) -> __m256 {
+    if shift == 0 {
+        // The two halves are of two blocks.
+        _mm256_set_m128(_mm_set1_ps(absmax[2 * step + 1]), _mm_set1_ps(absmax[2 * step]))
+    } else {
+        _mm256_set1_ps(absmax[(2 * step) >> shift])
+    }
+}
+
+/// A row's last block of 32 weights where it is alone: its absmax is for the lower half, and the upper
+/// half's activations are zeros.
+#[inline]
+#[target_feature(enable = "avx2")]
+pub(super) fn last_half(codes: &[u8; STEP_BYTES / 2], absmax: &[f32]) -> (__m256i, __m256) {
+    // SAFETY: the array holds the 16 bytes that are read.
+    let codes = unsafe { _mm_loadu_si128(codes.as_ptr().cast()) };
+    let scale = _mm_set1_ps(absmax[absmax.len() - 1]);
+    (_mm256_zextsi128_si256(codes), _mm256_zextps128_ps256(scale))
 }
 
 /// Add a step's products to the sums. The scale multiplies their partial sum: once for 64 weights.
@@ -175,7 +194,7 @@ fn add_step<const M: usize>(
 
 #[inline]
 #[target_feature(enable = "avx2")]
-fn sum_of_lanes(v: __m256) -> f32 {
+pub(super) fn sum_of_lanes(v: __m256) -> f32 {
     let four = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps::<1>(v));
     let two = _mm_add_ps(four, _mm_movehl_ps(four, four));
     _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)))

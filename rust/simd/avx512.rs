@@ -3,7 +3,7 @@
 //! All functions here are reached through [`KERNELS`] alone, and [`detect`] hands that table out
 //! only where the CPU has the features: that is the argument of every `unsafe` call below.
 
-use super::{Bf16Kernels, FewRowsBf16, FewRowsFixed, Interleave, Kernels, PanelKernels};
+use super::{Bf16Kernels, ByteStep, FewRowsBf16, FewRowsFixed, Interleave, Kernels, PanelKernels};
 use super::{
     avx512_absmax, avx512_bf16_linear, avx512_decode, avx512_fixed, avx512_fixed_linear, avx512_gemm,
     avx512_linear, crossover, gated, portable, softmax,
@@ -69,7 +69,8 @@ static KERNELS: Kernels = Kernels {
     // SAFETY: as above.
     finish_bf16: |sums, transpose, bias, out| unsafe { avx512_gemm::finish_bf16(sums, transpose, bias, out) },
     few_rows: crossover::AVX512,
-    few_rows_fixed: None,
+    few_rows_bytes: None,
+    few_rows_words: None,
     bf16: None,
 };
 
@@ -88,7 +89,7 @@ pub(super) const PANELS_BF16: PanelKernels = PanelKernels {
 pub(super) const INTERLEAVE: Interleave = |even, odd, out| unsafe { avx512_gemm::interleave(even, odd, out) };
 
 /// Few rows in fixed point, where there are products and permutes of bytes.
-pub(super) const FEW_ROWS_FIXED: FewRowsFixed = FewRowsFixed {
+pub(super) const FEW_ROWS_BYTES: FewRowsFixed<ByteStep> = FewRowsFixed {
     most: avx512_fixed_linear::MOST_TOKENS,
     // SAFETY: as above, with avx512vnni and avx512vbmi.
     prepare: |x, tolerance, out| unsafe { avx512_fixed::prepare(x, tolerance, out) },
@@ -102,7 +103,7 @@ static KERNELS_WITH_VNNI: Kernels = Kernels {
     // SAFETY: as above, with avx512vbmi.
     decode_absmax: |nested, first, out| unsafe { avx512_absmax::permute(nested, first, out) },
     few_rows: crossover::AVX512_VNNI,
-    few_rows_fixed: Some(FEW_ROWS_FIXED),
+    few_rows_bytes: Some(FEW_ROWS_BYTES),
     ..KERNELS
 };
 

@@ -1,48 +1,19 @@
 //! AVX-512 with byte products: activations brought into fixed point (`fixed.rs`).
 
 use super::PREPARED_MULTIPLE;
-use super::fixed::{FixedStep, LARGEST, LEVEL_SCALE, LOW_ERROR, UNIT_SIZE, ZERO_LOW};
+use super::fixed::{ByteStep, EXPONENTS, LARGEST, LEVEL_SCALE, LOW_ERROR, Loss, UNIT_SIZE, ZERO_LOW};
+use super::fixed::{prepare_steps, unit_exponent};
 use std::arch::x86_64::*;
-
-/// Exponents of units, as f32 has them in its bits, that are kept well inside those of f32: what units are
-/// multiplied and divided by, and sums that cancel each other, must not overflow or become subnormal.
-const EXPONENTS: std::ops::RangeInclusive<u32> = 127 - 100..=127 + 100;
 
 /// See [`super::FewRowsFixed`].
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx512vbmi,fma")]
-pub(super) fn prepare(x: &[f32], tolerance: f32, out: &mut [FixedStep]) -> bool {
-    assert_eq!(out.len(), x.len().div_ceil(PREPARED_MULTIPLE), "a step for each 128 activations");
-    let mut loss = Loss::default();
-    let (steps, rest) = x.as_chunks();
-    for (step, out) in steps.iter().zip(&mut *out) {
-        loss += prepare_step(step, out);
-    }
-    if let Some(out) = out.get_mut(steps.len()) {
-        let mut step = [0.0; PREPARED_MULTIPLE];
-        step[..rest.len()].copy_from_slice(rest);
-        loss += prepare_step(&step, out);
-    }
-    // False too where one of them is NaN.
-    loss.error <= f64::from(tolerance).powi(2) * loss.size
-}
-
-/// Sums of squares: of errors, and of activations but for each unit's few largest, estimated.
-#[derive(Clone, Copy, Default)]
-struct Loss {
-    error: f64,
-    size: f64,
-}
-
-impl std::ops::AddAssign for Loss {
-    fn add_assign(&mut self, other: Self) {
-        self.error += other.error;
-        self.size += other.size;
-    }
+pub(super) fn prepare(x: &[f32], tolerance: f32, out: &mut [ByteStep]) -> bool {
+    prepare_steps(x, out, |step, out| prepare_step(step, out)).is_within(tolerance)
 }
 
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx512vbmi,fma")]
-fn prepare_step(step: &[f32; PREPARED_MULTIPLE], out: &mut FixedStep) -> Loss {
+fn prepare_step(step: &[f32; PREPARED_MULTIPLE], out: &mut ByteStep) -> Loss {
     let mut loss = Loss::default();
     let mut units = [0.0; 2];
     for (half, values) in step.as_chunks::<UNIT_SIZE>().0.iter().enumerate() {
@@ -53,7 +24,7 @@ fn prepare_step(step: &[f32; PREPARED_MULTIPLE], out: &mut FixedStep) -> Loss {
         let sizes = values.map(|value| _mm512_abs_ps(value));
         let pairs = [_mm512_max_ps(sizes[0], sizes[1]), _mm512_max_ps(sizes[2], sizes[3])];
         let largest = _mm512_reduce_max_ps(_mm512_max_ps(pairs[0], pairs[1]));
-        let exponent = unit_exponent(largest);
+        let exponent = unit_exponent::<LARGEST>(largest.to_bits());
         let (unit, inverse) = (f32::from_bits(exponent << 23), f32::from_bits((254 - exponent) << 23));
         let scaled = values.map(|value| _mm512_mul_ps(value, _mm512_set1_ps(inverse)));
         let integers = scaled.map(|value| _mm512_cvtps_epi32(value));
@@ -87,18 +58,10 @@ fn prepare_step(step: &[f32; PREPARED_MULTIPLE], out: &mut FixedStep) -> Loss {
     loss
 }
 
-/// The exponent of a unit, as f32 has it in its bits: the smallest power of two of which the largest
-/// activation holds at most [`LARGEST`], if that is not too small.
-fn unit_exponent(largest: f32) -> u32 {
-    // Mantissas above that of LARGEST carry into the exponent.
-    let bits = largest.to_bits() + (0x7fff - LARGEST) * 512 + 511;
-    ((bits >> 23) & 0xff).saturating_sub(14).max(*EXPONENTS.start())
-}
-
 /// The bytes of 64 integers: the high byte of q + 128, and its low byte less 128.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512vbmi")]
-fn store_bytes(integers: &[__m512i; 4], half: usize, out: &mut FixedStep) {
+fn store_bytes(integers: &[__m512i; 4], half: usize, out: &mut ByteStep) {
     /// From 32 integers: high bytes of the odd and of the even ones, then the low bytes.
     static PICK: [u8; 64] = {
         let mut pick = [0; 64];
@@ -130,7 +93,7 @@ fn store_bytes(integers: &[__m512i; 4], half: usize, out: &mut FixedStep) {
 /// Units and offsets of a step whose bytes are there.
 #[inline]
 #[target_feature(enable = "avx512f,avx512vnni")]
-fn finish(units: [f32; 2], out: &mut FixedStep) {
+fn finish(units: [f32; 2], out: &mut ByteStep) {
     let units = _mm512_mask_blend_ps(0xff00, _mm512_set1_ps(units[0]), _mm512_set1_ps(units[1]));
     let units = _mm512_mul_ps(units, _mm512_set1_ps(1.0 / LEVEL_SCALE));
     let sum = |bytes: &[[i8; 64]; 2]| {

@@ -6,7 +6,7 @@
 //! `fixed.rs`.
 
 use super::avx512_linear::{Codes, Scales, rows_apart, store_sums};
-use super::fixed::{FixedStep, LEVEL_BYTES};
+use super::fixed::{ByteStep, LEVEL_BYTES};
 use super::{PREPARED_MULTIPLE, Strip};
 use std::arch::x86_64::*;
 
@@ -17,7 +17,7 @@ pub(super) const MOST_TOKENS: usize = 3;
 
 /// See [`super::FewRowsFixed`].
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx512vbmi,fma")]
-pub(super) fn linear(x: &[FixedStep], strip: &Strip<'_>, out: &mut [f32]) {
+pub(super) fn linear(x: &[ByteStep], strip: &Strip<'_>, out: &mut [f32]) {
     let rows = out.len() / strip.tokens;
     assert!(out.len() == rows * strip.tokens && strip.tokens <= MOST_TOKENS);
     strip.check(x.len() * PREPARED_MULTIPLE, rows, 32);
@@ -30,7 +30,7 @@ pub(super) fn linear(x: &[FixedStep], strip: &Strip<'_>, out: &mut [f32]) {
 
 /// What `linear` has checked, a tile of rows at a time.
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx512vbmi,fma")]
-fn tiles<const TAIL: bool>(x: &[FixedStep], strip: &Strip<'_>, rows: usize, out: &mut [f32]) {
+fn tiles<const TAIL: bool>(x: &[ByteStep], strip: &Strip<'_>, rows: usize, out: &mut [f32]) {
     for i in 0..rows / 4 {
         let rows = rows_apart(rows, i);
         // SAFETY: `linear` has checked the lengths; the rows are below their number, `M == strip.tokens`.
@@ -61,7 +61,7 @@ fn tiles<const TAIL: bool>(x: &[FixedStep], strip: &Strip<'_>, rows: usize, out:
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx512vbmi,fma")]
 unsafe fn tile<const R: usize, const M: usize, const TAIL: bool>(
-    x: &[FixedStep],
+    x: &[ByteStep],
     strip: &Strip<'_>,
     rows: [usize; R],
     out: &mut [f32],

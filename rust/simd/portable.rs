@@ -48,7 +48,8 @@ pub static KERNELS: Kernels = Kernels {
     finish_f32: finish,
     finish_bf16: finish,
     few_rows: crossover::PORTABLE,
-    few_rows_fixed: None,
+    few_rows_bytes: None,
+    few_rows_words: None,
     bf16: None,
 };
 

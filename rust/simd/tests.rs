@@ -1,7 +1,7 @@
 //! Every path against the portable one, on lengths and values chosen to hurt.
 
-use super::fixed_tests::exact_product;
-use super::{ABSMAX_PADDING, FixedStep, Kernels, PREPARED_MULTIPLE, Strip, available, choose, portable};
+use super::fixed_tests::{check_products, prepared as in_fixed_point};
+use super::{ABSMAX_PADDING, Kernels, PREPARED_MULTIPLE, Strip, available, choose, portable};
 use crate::codebook::{BOUNDARIES, DYNAMIC_MAP};
 use crate::packed_matrix::NestedScales;
 use half::{bf16, f16};
@@ -183,24 +183,8 @@ proptest! {
             }
             (path.linear_f32)(&prepared, &strip, &mut out);
             check(path.name, &out, 1e-6)?;
-            if let Some(fixed) = path.few_rows_fixed {
-                let few = tokens.min(fixed.most);
-                let steps = width / PREPARED_MULTIPLE;
-                let mut prepared = vec![FixedStep::ZERO; few * steps];
-                for (row, out) in x.chunks(columns).zip(prepared.chunks_mut(steps)) {
-                    (fixed.prepare)(row, 1.0, out);
-                }
-                let mut out = vec![f32::NAN; rows * few];
-                (fixed.linear)(&prepared, &Strip { tokens: few, ..strip }, &mut out);
-                for (i, got) in out.iter().enumerate() {
-                    let (row, token) = (i / few, i % few);
-                    let codes = &codes[row * columns / 2..][..columns / 2];
-                    let absmax = &absmax[row * blocks..][..blocks];
-                    let steps = &prepared[token * steps..][..steps];
-                    let (exact, size) = exact_product(steps, codes, absmax, block_size);
-                    prop_assert!((f64::from(*got) - exact).abs() <= 1e-6 * size, "{}: {got} for {exact}", path.name);
-                }
-            }
+            check_products(path.name, path.few_rows_bytes, &x, &strip, rows)?;
+            check_products(path.name, path.few_rows_words, &x, &strip, rows)?;
             if let Some(few_rows) = path.bf16.and_then(|bf16| bf16.few_rows).filter(|_| block_size >= 64) {
                 let mut prepared = vec![bf16::NAN; tokens * width];
                 let brain: Vec<bf16> = x.iter().map(|&v| bf16::from_f32(v)).collect();
@@ -230,14 +214,14 @@ fn a_row_that_is_not_finite_leaves_its_neighbours_alone() {
                 for (row, out) in wide.chunks(columns).zip(prepared.chunks_mut(width)) {
                     (path.prepare_f32)(row, out);
                 }
-                let mut out = vec![0.0; 3 * rows * tokens];
-                if let Some(fixed) = path.few_rows_fixed.filter(|fixed| tokens <= fixed.most) {
-                    let steps = width / PREPARED_MULTIPLE;
-                    let mut prepared = vec![FixedStep::ZERO; tokens * steps];
-                    for (row, out) in wide.chunks(columns).zip(prepared.chunks_mut(steps)) {
-                        (fixed.prepare)(row, 1.0, out);
-                    }
-                    (fixed.linear)(&prepared, &strip, &mut out[2 * rows * tokens..]);
+                let mut out = vec![0.0; 4 * rows * tokens];
+                if let Some(few) = path.few_rows_bytes.filter(|few| tokens <= few.most) {
+                    let prepared = in_fixed_point(&few, &wide, columns);
+                    (few.linear)(&prepared, &strip, &mut out[2 * rows * tokens..3 * rows * tokens]);
+                }
+                if let Some(few) = path.few_rows_words.filter(|few| tokens <= few.most) {
+                    let prepared = in_fixed_point(&few, &wide, columns);
+                    (few.linear)(&prepared, &strip, &mut out[3 * rows * tokens..]);
                 }
                 (path.linear_f32)(&prepared, &strip, &mut out[..rows * tokens]);
                 if let Some(few) = path.bf16.and_then(|bf16| bf16.few_rows).filter(|_| block_size >= 64) {
