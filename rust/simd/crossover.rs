@@ -12,7 +12,7 @@ pub(super) const AVX512: [usize; 2] = [24, 24];
 pub(super) const AVX512_VNNI: [usize; 2] = [24, 24];
 /// benches/record/amd-epyc-avx512-bf16-2-cores/2026-11-25-tune.txt
 pub(super) const AVX512_BF16: [usize; 2] = [24, 48];
-/// benches/record/intel-r-xeon-r-processor-avx512-2-cores/2026-11-27-tune.txt
+/// benches/record/intel-r-xeon-r-processor-avx512-vnni-2-cores/2026-11-27-tune.txt
 pub(super) const AVX2: [usize; 2] = [12, 24];
 /// benches/record/amd-epyc-avx512-bf16-2-cores/2026-11-25-tune.txt
 pub(super) const PORTABLE: [usize; 2] = [24, 24];
