@@ -12,7 +12,7 @@ use crate::memory::{Plain, Scratch};
 use crate::packed_matrix::PackedMatrix;
 use crate::parallel::{self, ColumnRange, Columns};
 use crate::simd::{ABSMAX_PADDING, Kernels, PREPARED_MULTIPLE, Strip};
-use crate::simd::{ByteStep, FewRowsBf16, FewRowsFixed, WordStep};
+use crate::simd::{ByteStep, FewRowsBf16, FewRowsFixed, PairStep, WordStep};
 use half::bf16;
 use std::ops::Range;
 
@@ -38,6 +38,8 @@ enum Prepared {
     Bf16(Scratch, FewRowsBf16),
     /// In fixed point, as bytes.
     Bytes(Scratch, FewRowsFixed<ByteStep>),
+    /// In fixed point, as pairs of words.
+    Pairs(Scratch, FewRowsFixed<PairStep>),
     /// In fixed point, as words.
     Words(Scratch, FewRowsFixed<WordStep>),
 }
@@ -45,7 +47,7 @@ enum Prepared {
 /// Write a forward product to `y` [tokens, out] and x Aᵀ times scaling to `hidden` [tokens, rank].
 ///
 /// Products are summed in f32. Weights are exact where x is f32. Else, where that is faster, they may be
-/// rounded to bf16 once, or weights and x to 15 bits (`simd/fixed.rs`). Allocates a reordered copy of x, at
+/// rounded to bf16 once, or weights and x to 14 to 16 bits (`simd/fixed.rs`). Allocates a reordered copy of x, at
 /// most four bytes per activation.
 ///
 /// # Errors
@@ -166,6 +168,9 @@ fn prepare<T: Element>(
         if let Some((prepared, few)) = prepare_fixed(kernels, kernels.few_rows_bytes, x, tokens, columns) {
             return Prepared::Bytes(prepared, few);
         }
+        if let Some((prepared, few)) = prepare_fixed(kernels, kernels.few_rows_pairs, x, tokens, columns) {
+            return Prepared::Pairs(prepared, few);
+        }
         if let Some((prepared, few)) = prepare_fixed(kernels, kernels.few_rows_words, x, tokens, columns) {
             return Prepared::Words(prepared, few);
         }
@@ -227,6 +232,9 @@ fn strip_fused(
         Prepared::F32(x) => (kernels.linear_f32)(&x.values()[..prepared_values], &strip, products),
         Prepared::Bf16(x, kernels) => (kernels.linear)(&x.values()[..prepared_values], &strip, products),
         Prepared::Bytes(x, kernels) => {
+            (kernels.linear)(&x.values()[..prepared_values / PREPARED_MULTIPLE], &strip, products);
+        }
+        Prepared::Pairs(x, kernels) => {
             (kernels.linear)(&x.values()[..prepared_values / PREPARED_MULTIPLE], &strip, products);
         }
         Prepared::Words(x, kernels) => {

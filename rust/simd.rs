@@ -39,6 +39,8 @@ mod avx512_gemm;
 mod avx512_linear;
 #[cfg(target_arch = "x86_64")]
 mod avx512_many_tokens;
+#[cfg(target_arch = "x86_64")]
+mod avx512_pairs;
 mod crossover;
 mod fixed;
 mod gated;
@@ -52,7 +54,7 @@ use crate::packed_matrix::NestedScales;
 use half::{bf16, f16};
 use std::sync::OnceLock;
 
-pub use fixed::{ByteStep, FewRowsFixed, WordStep};
+pub use fixed::{ByteStep, FewRowsFixed, PairStep, WordStep};
 
 /// Prepared activations and decoded scales for a strip of weight rows; see [`Kernels::linear_f32`].
 #[derive(Clone, Copy, Debug)]
@@ -161,6 +163,8 @@ pub struct Kernels {
     pub few_rows_bytes: Option<FewRowsFixed<ByteStep>>,
     /// The same by products of 16-bit words, where levels are looked up as bytes.
     pub few_rows_words: Option<FewRowsFixed<WordStep>>,
+    /// The same where products of words are summed in one instruction and bytes permuted across vectors.
+    pub few_rows_pairs: Option<FewRowsFixed<PairStep>>,
     /// Products of bf16 as such, where this path has an instruction for that; elsewhere bf16 is
     /// widened to f32.
     pub bf16: Option<Bf16Kernels>,

@@ -69,6 +69,7 @@ static KERNELS: Kernels = Kernels {
     finish_bf16: |sums, transpose, bias, out| unsafe { avx2_gemm::finish_bf16(sums, transpose, bias, out) },
     few_rows: crossover::AVX2,
     few_rows_bytes: None,
+    few_rows_pairs: None,
     few_rows_words: Some(FewRowsFixed {
         most: usize::MAX,
         // SAFETY: as above.

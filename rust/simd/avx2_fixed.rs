@@ -2,8 +2,8 @@
 
 use super::PREPARED_MULTIPLE;
 use super::avx2_linear::sum_of_lanes;
-use super::fixed::{EXPONENTS, LARGEST_WORD, Loss, UNIT_SIZE, WORD_SCALE, WordStep};
-use super::fixed::{prepare_steps, unit_exponent};
+use super::fixed::{EXPONENTS, LARGEST_SUM, LARGEST_WORD, PAIR_SCALE, UNIT_SIZE, WORD_SCALE};
+use super::fixed::{Loss, PairStep, WordStep, prepare_steps, unit_exponent};
 use std::arch::x86_64::*;
 
 /// Words of a vector.
@@ -21,17 +21,45 @@ fn prepare_step(step: &[f32; PREPARED_MULTIPLE], out: &mut WordStep) -> Loss {
     let mut loss = Loss::default();
     let units = step.as_chunks::<UNIT_SIZE>().0.iter().zip(out.words.as_chunks_mut::<UNIT_SIZE>().0);
     for ((values, words), out_unit) in units.zip(&mut out.unit) {
-        let (unit, of_unit) = prepare_unit(values, words);
+        let (unit, integers, of_unit) = prepare_unit::<false>(values);
+        store_words(&integers, words);
         *out_unit = [unit / WORD_SCALE; 8];
         loss += of_unit;
     }
     loss
 }
 
-/// 64 activations as words, and the unit they are multiples of.
+/// See [`super::FewRowsFixed`].
+#[target_feature(enable = "avx2,fma")]
+pub(super) fn prepare_pairs(x: &[f32], tolerance: f32, out: &mut [PairStep]) -> bool {
+    prepare_steps(x, out, |step, out| prepare_pair_step(step, out)).is_within(tolerance)
+}
+
 #[inline]
 #[target_feature(enable = "avx2,fma")]
-fn prepare_unit(values: &[f32; UNIT_SIZE], words: &mut [i16; UNIT_SIZE]) -> (f32, Loss) {
+fn prepare_pair_step(step: &[f32; PREPARED_MULTIPLE], out: &mut PairStep) -> Loss {
+    let mut loss = Loss::default();
+    let units = step.as_chunks::<UNIT_SIZE>().0.iter().zip(out.pairs.as_chunks_mut::<{ UNIT_SIZE / 2 }>().0);
+    for ((values, pairs), out_unit) in units.zip(out.unit.as_chunks_mut::<{ UNIT_SIZE / 8 }>().0) {
+        let (unit, integers, of_unit) = prepare_unit::<true>(values);
+        for (integers, pairs) in integers.as_chunks::<2>().0.iter().zip(pairs.as_chunks_mut::<8>().0) {
+            // Packing works within 128-bit halves: back in order.
+            let packed = _mm256_packs_epi32(integers[0], integers[1]);
+            let words = _mm256_permute4x64_epi64::<0b11_01_10_00>(packed);
+            // SAFETY: the array holds the 8 pairs that are written.
+            unsafe { _mm256_storeu_si256(pairs.as_mut_ptr().cast(), words) };
+        }
+        out_unit.fill(unit / PAIR_SCALE);
+        loss += of_unit;
+    }
+    loss
+}
+
+/// A unit, 64 activations as multiples of it, and what that loses. `SUMMED`: whether all their products are
+/// summed in one lane.
+#[inline]
+#[target_feature(enable = "avx2,fma")]
+fn prepare_unit<const SUMMED: bool>(values: &[f32; UNIT_SIZE]) -> (f32, [__m256i; 8], Loss) {
     let values: [__m256; 8] = std::array::from_fn(|i| {
         // SAFETY: i < 8, so 8 floats from 8 * i lie in the array of 64.
         unsafe { _mm256_loadu_ps(values.as_ptr().add(8 * i)) }
@@ -41,7 +69,11 @@ fn prepare_unit(values: &[f32; UNIT_SIZE], words: &mut [i16; UNIT_SIZE]) -> (f32
     // Magnitudes order like their bits, NaN and infinity above all numbers.
     let most = sizes.map(|size| _mm256_castps_si256(size));
     let most = most.into_iter().fold(_mm256_setzero_si256(), |a, b| _mm256_max_epi32(a, b));
-    let exponent = unit_exponent::<LARGEST_WORD>(largest_lane(most));
+    let mut exponent = unit_exponent::<LARGEST_WORD>(largest_lane(most));
+    if SUMMED {
+        let sum = sizes.into_iter().fold(_mm256_setzero_ps(), |a, b| _mm256_add_ps(a, b));
+        exponent = exponent.max(unit_exponent::<LARGEST_SUM>(sum_of_lanes(sum).to_bits()));
+    }
     let (unit, inverse) = (f32::from_bits(exponent << 23), f32::from_bits((254 - exponent) << 23));
     let scaled = values.map(|value| _mm256_mul_ps(value, _mm256_set1_ps(inverse)));
     let integers = scaled.map(|value| _mm256_cvtps_epi32(value));
@@ -64,8 +96,7 @@ fn prepare_unit(values: &[f32; UNIT_SIZE], words: &mut [i16; UNIT_SIZE]) -> (f32
         // NaN, unlike infinity, is refused however large the row is.
         loss.error = f64::NAN;
     }
-    store_words(&integers, words);
-    (unit, loss)
+    (unit, integers, loss)
 }
 
 /// 64 integers as words, in the order in which a step's levels are unpacked: those of high nibbles, first

@@ -3,10 +3,10 @@
 //! All functions here are reached through [`KERNELS`] alone, and [`detect`] hands that table out
 //! only where the CPU has the features: that is the argument of every `unsafe` call below.
 
-use super::{Bf16Kernels, ByteStep, FewRowsBf16, FewRowsFixed, Interleave, Kernels, PanelKernels};
+use super::{Bf16Kernels, ByteStep, FewRowsBf16, FewRowsFixed, Interleave, Kernels, PairStep, PanelKernels};
 use super::{
-    avx512_absmax, avx512_bf16_linear, avx512_decode, avx512_fixed, avx512_fixed_linear, avx512_gemm,
-    avx512_linear, crossover, gated, portable, softmax,
+    avx2_fixed, avx512_absmax, avx512_bf16_linear, avx512_decode, avx512_fixed, avx512_fixed_linear,
+    avx512_gemm, avx512_linear, avx512_pairs, crossover, gated, portable, softmax,
 };
 use crate::codebook::{BOUNDARIES, LEVELS};
 use crate::quantize::SMALLEST_ABSMAX;
@@ -71,6 +71,7 @@ static KERNELS: Kernels = Kernels {
     few_rows: crossover::AVX512,
     few_rows_bytes: None,
     few_rows_words: None,
+    few_rows_pairs: None,
     bf16: None,
 };
 
@@ -97,6 +98,15 @@ pub(super) const FEW_ROWS_BYTES: FewRowsFixed<ByteStep> = FewRowsFixed {
     linear: |x, strip, out| unsafe { avx512_fixed_linear::linear(x, strip, out) },
 };
 
+/// More rows, where words are multiplied and added too.
+const FEW_ROWS_PAIRS: FewRowsFixed<PairStep> = FewRowsFixed {
+    most: usize::MAX,
+    // SAFETY: as above, and AVX2 is part of AVX-512.
+    prepare: |x, tolerance, out| unsafe { avx2_fixed::prepare_pairs(x, tolerance, out) },
+    // SAFETY: as above, with avx512vnni and avx512vbmi.
+    linear: |x, strip, out| unsafe { avx512_pairs::linear(x, strip, out) },
+};
+
 /// The same with products of bytes.
 static KERNELS_WITH_VNNI: Kernels = Kernels {
     name: "avx512_vnni",
@@ -104,6 +114,7 @@ static KERNELS_WITH_VNNI: Kernels = Kernels {
     decode_absmax: |nested, first, out| unsafe { avx512_absmax::permute(nested, first, out) },
     few_rows: crossover::AVX512_VNNI,
     few_rows_bytes: Some(FEW_ROWS_BYTES),
+    few_rows_pairs: Some(FEW_ROWS_PAIRS),
     ..KERNELS
 };
 

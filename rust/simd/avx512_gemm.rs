@@ -117,7 +117,7 @@ define_multiply!(
     }
 );
 
-/// Rows and columns swapped in four rounds: words, pairs, then groups of four and eight.
+/// See [`super::Kernels::transpose`].
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq")]
 pub(super) fn transpose(tile: &mut Tile) {
     let mut rows = [_mm512_setzero_si512(); SIDE];
@@ -125,6 +125,13 @@ pub(super) fn transpose(tile: &mut Tile) {
         // SAFETY: a row holds the 16 words that are read.
         *row = unsafe { _mm512_load_si512(words.as_ptr().cast()) };
     }
+    store_transposed(rows, tile);
+}
+
+/// Rows and columns swapped in four rounds: words, pairs, then groups of four and eight.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq")]
+pub(super) fn store_transposed(mut rows: [__m512i; SIDE], tile: &mut Tile) {
     let mut next = rows;
     for i in 0..8 {
         next[2 * i] = _mm512_unpacklo_epi32(rows[2 * i], rows[2 * i + 1]);

@@ -135,6 +135,12 @@ impl<'a, const R: usize, const TAIL: bool> Codes<'a, R, TAIL> {
         Self { rows: rows.map(|row| &strip.codes[row * bytes..][..bytes]) }
     }
 
+    /// Where row `r`'s codes of a step lie.
+    #[inline]
+    pub(super) fn place(&self, r: usize, step: usize) -> *const u8 {
+        self.rows[r].as_ptr().wrapping_add(step * STEP_BYTES)
+    }
+
     /// The codes of row `r`'s 128 weights in a step; zeros past the row's end. All steps are masked
     /// where one has to be: a branch here would keep the compiler from mixing the rows' instructions.
     #[inline]

@@ -6,8 +6,13 @@
 //!
 //! # Words
 //!
-//! A level L becomes S L, rounded. Products of 16 by 16 bits are summed two at a time, eight to a lane in 64
-//! weights, which 32 bits hold. Codes of zero contribute nothing.
+//! A level L becomes S L, rounded. Products of 16 by 16 bits are summed two at a time, which 32 bits hold
+//! for eight of them, all that 64 weights bring to a lane. Codes of zero contribute nothing.
+//!
+//! # Pairs
+//!
+//! Words again, where a lane sums all 64: S is half as large, and a unit is large enough that the sum of its
+//! activations' sizes leaves room.
 //!
 //! # Bytes
 //!
@@ -46,20 +51,30 @@ const _: () = assert!(8 * LARGEST_WORD as u64 * WORD_SCALE as u64 <= i32::MAX as
 /// with codes as frequent as normally distributed weights have them in blocks of 64).
 pub(super) const WORD_SCALE: f32 = 15684.0;
 
+/// S where a whole unit's products are summed in one lane: the same for whole numbers up to 2^13.
+pub(super) const PAIR_SCALE: f32 = 7854.0;
+
+/// What the sizes of a unit's q may add up to there, so that its products fit 32 bits. Rounding each to
+/// nearest, and their sum as f32, is allowed for.
+pub(super) const LARGEST_SUM: u32 = i32::MAX as u32 / PAIR_SCALE as u32 - UNIT_SIZE as u32;
+
 /// The low bytes, then the high ones, of S L of each level.
-pub(super) static LEVEL_WORDS: [[u8; 16]; 2] = {
+pub(super) static LEVEL_WORDS: [[u8; 16]; 2] = word_bytes(WORD_SCALE);
+pub(super) static LEVEL_PAIRS: [[u8; 16]; 2] = word_bytes(PAIR_SCALE);
+
+const fn word_bytes(scale: f32) -> [[u8; 16]; 2] {
     let mut bytes = [[0; 16]; 2];
     let mut i = 0;
     while i < 16 {
-        [bytes[0][i], bytes[1][i]] = word(i).to_le_bytes();
+        [bytes[0][i], bytes[1][i]] = word(i, scale).to_le_bytes();
         i += 1;
     }
     bytes
-};
+}
 
 /// S L of a code's level, rounded to nearest.
-pub(super) const fn word(code: usize) -> i16 {
-    let scaled = LEVELS[code] as f64 * WORD_SCALE as f64;
+pub(super) const fn word(code: usize, scale: f32) -> i16 {
+    let scaled = LEVELS[code] as f64 * scale as f64;
     (scaled + if scaled < 0.0 { -0.5 } else { 0.5 }) as i16
 }
 
@@ -115,8 +130,20 @@ pub struct WordStep {
     pub(super) unit: [[f32; 8]; 2],
 }
 
+/// 128 activations as pairs of words, in order.
+#[derive(Clone, Copy, Debug)]
+#[repr(C, align(64))]
+pub struct PairStep {
+    /// Two activations each, the first one in the lower half.
+    pub(super) pairs: [i32; PREPARED_MULTIPLE / 2],
+    /// For each eight activations: what their sums are multiplied by.
+    pub(super) unit: [f32; 16],
+}
+
 // SAFETY: bytes and floats, no padding; tiles are aligned to cache lines too.
 unsafe impl Plain for ByteStep {}
+// SAFETY: as above.
+unsafe impl Plain for PairStep {}
 // SAFETY: as above.
 unsafe impl Plain for WordStep {}
 

@@ -1,7 +1,7 @@
 //! Fixed point: what is refused, what is kept, and products to be equal to.
 
 use super::fixed::{ByteStep, LARGEST, LARGEST_WORD, LEVEL_SCALE, UNIT_SIZE, WORD_SCALE, WordStep, ZERO_LOW};
-use super::fixed::{level, word};
+use super::fixed::{LARGEST_SUM, PAIR_SCALE, PairStep, level, word};
 use super::{ABSMAX_PADDING, FewRowsFixed, PREPARED_MULTIPLE, Strip, available};
 use crate::codebook::LEVELS;
 use half::{bf16, f16};
@@ -55,7 +55,29 @@ impl Step for WordStep {
     }
 
     fn terms(&self, k: usize, code: usize) -> [f64; 4] {
-        [f64::from(word(code)) / f64::from(WORD_SCALE) * f64::from(self.integer(k)), 0.0, 0.0, 0.0]
+        [
+            f64::from(word(code, WORD_SCALE)) / f64::from(WORD_SCALE) * f64::from(self.integer(k)),
+            0.0,
+            0.0,
+            0.0,
+        ]
+    }
+}
+
+impl Step for PairStep {
+    const ZERO: Self = Self { pairs: [0; PREPARED_MULTIPLE / 2], unit: [0.0; 16] };
+
+    fn integer(&self, k: usize) -> i32 {
+        self.pairs[k / 2] << (16 * (1 - k % 2)) >> 16
+    }
+
+    fn unit(&self, k: usize) -> f64 {
+        f64::from(self.unit[k / 8]) * f64::from(PAIR_SCALE)
+    }
+
+    fn terms(&self, k: usize, code: usize) -> [f64; 4] {
+        let level = f64::from(word(code, PAIR_SCALE)) / f64::from(PAIR_SCALE);
+        [level * f64::from(self.integer(k)), 0.0, 0.0, 0.0]
     }
 }
 
@@ -115,11 +137,13 @@ fn levels_are_rounded_to_nearest_and_zero_is_exact() {
         assert!((f64::from(level(code)) - scaled).abs() <= 0.5, "{code}");
     }
     assert_eq!(level(7) % 256, ZERO_LOW as u16);
-    for (code, exact) in LEVELS.iter().enumerate() {
-        let scaled = f64::from(*exact) * f64::from(WORD_SCALE);
-        assert!((f64::from(word(code)) - scaled).abs() <= 0.5, "{code}");
+    for scale in [WORD_SCALE, PAIR_SCALE] {
+        for (code, exact) in LEVELS.iter().enumerate() {
+            let scaled = f64::from(*exact) * f64::from(scale);
+            assert!((f64::from(word(code, scale)) - scaled).abs() <= 0.5, "{code}");
+        }
+        assert_eq!(word(7, scale), 0);
     }
-    assert_eq!(word(7), 0);
 }
 
 proptest! {
@@ -130,18 +154,27 @@ proptest! {
         ], 1..300),
     ) {
         for path in available() {
-            // No unit is larger than needed: the largest activation is so many, at least.
+            // The unit that a unit's activations need, by the largest one and the sum of all.
             if let Some(few) = path.few_rows_bytes {
-                check_rounding(&few, &x, 16_300.0)?;
+                check_rounding(&few, &x, |largest, _| largest / f64::from(LARGEST))?;
             }
             if let Some(few) = path.few_rows_words {
-                check_rounding(&few, &x, 8_190.0)?;
+                check_rounding(&few, &x, |largest, _| largest / f64::from(LARGEST_WORD))?;
+            }
+            if let Some(few) = path.few_rows_pairs {
+                check_rounding(&few, &x, |largest, sum| {
+                    (largest / f64::from(LARGEST_WORD)).max(sum / f64::from(LARGEST_SUM))
+                })?;
             }
         }
     }
 }
 
-fn check_rounding<S: Step>(few: &FewRowsFixed<S>, x: &[f32], fewest: f64) -> Result<(), TestCaseError> {
+fn check_rounding<S: Step>(
+    few: &FewRowsFixed<S>,
+    x: &[f32],
+    needed: impl Fn(f64, f64) -> f64,
+) -> Result<(), TestCaseError> {
     let steps = prepared(few, x, x.len());
     for (k, value) in x.iter().enumerate() {
         let (step, at) = (&steps[k / PREPARED_MULTIPLE], k % PREPARED_MULTIPLE);
@@ -150,8 +183,9 @@ fn check_rounding<S: Step>(few: &FewRowsFixed<S>, x: &[f32], fewest: f64) -> Res
         prop_assert!(error.abs() <= 0.501 * unit, "{value} in units of {unit}");
         let first = k / UNIT_SIZE * UNIT_SIZE;
         let neighbours = &x[first..x.len().min(first + UNIT_SIZE)];
-        let largest = neighbours.iter().fold(0.0_f32, |m, v| m.max(v.abs()));
-        prop_assert!(unit * fewest <= f64::from(largest).max(1e-25), "{largest} in units of {unit}");
+        let sizes = neighbours.iter().map(|value| f64::from(value.abs()));
+        let needed = needed(sizes.clone().fold(0.0, f64::max), sizes.sum());
+        prop_assert!(unit <= 2.001 * needed.max(1e-30), "units of {unit} where {needed} would do");
     }
     Ok(())
 }
@@ -166,6 +200,9 @@ fn fixed_point_says_where_it_would_lose_too_much() {
                 !takes(&few, &mixed, f16::EPSILON.to_f32()),
                 "exact as integers, but all of them low bytes"
             );
+        }
+        if let Some(few) = path.few_rows_pairs {
+            check_refusals(&few);
         }
         if let Some(few) = path.few_rows_words {
             check_refusals(&few);
@@ -223,6 +260,13 @@ fn the_largest_sums_fit() {
             let row = |largest: u32| vec![x * largest as f32; columns];
             check_products(path.name, path.few_rows_bytes, &row(LARGEST), &strip, 1).expect(path.name);
             check_products(path.name, path.few_rows_words, &row(LARGEST_WORD), &strip, 1).expect(path.name);
+            check_products(path.name, path.few_rows_pairs, &row(LARGEST_SUM / 64), &strip, 1)
+                .expect(path.name);
+            let mut few_large = row(0);
+            for k in 0..columns / 12 {
+                few_large[12 * k] = x * LARGEST_WORD as f32;
+            }
+            check_products(path.name, path.few_rows_pairs, &few_large, &strip, 1).expect(path.name);
         }
     }
 }

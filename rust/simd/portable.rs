@@ -50,6 +50,7 @@ pub static KERNELS: Kernels = Kernels {
     few_rows: crossover::PORTABLE,
     few_rows_bytes: None,
     few_rows_words: None,
+    few_rows_pairs: None,
     bf16: None,
 };
 

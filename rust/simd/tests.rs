@@ -185,6 +185,7 @@ proptest! {
             check(path.name, &out, 1e-6)?;
             check_products(path.name, path.few_rows_bytes, &x, &strip, rows)?;
             check_products(path.name, path.few_rows_words, &x, &strip, rows)?;
+            check_products(path.name, path.few_rows_pairs, &x, &strip, rows)?;
             if let Some(few_rows) = path.bf16.and_then(|bf16| bf16.few_rows).filter(|_| block_size >= 64) {
                 let mut prepared = vec![bf16::NAN; tokens * width];
                 let brain: Vec<bf16> = x.iter().map(|&v| bf16::from_f32(v)).collect();
@@ -214,14 +215,18 @@ fn a_row_that_is_not_finite_leaves_its_neighbours_alone() {
                 for (row, out) in wide.chunks(columns).zip(prepared.chunks_mut(width)) {
                     (path.prepare_f32)(row, out);
                 }
-                let mut out = vec![0.0; 4 * rows * tokens];
+                let mut out = vec![0.0; 5 * rows * tokens];
                 if let Some(few) = path.few_rows_bytes.filter(|few| tokens <= few.most) {
                     let prepared = in_fixed_point(&few, &wide, columns);
                     (few.linear)(&prepared, &strip, &mut out[2 * rows * tokens..3 * rows * tokens]);
                 }
                 if let Some(few) = path.few_rows_words.filter(|few| tokens <= few.most) {
                     let prepared = in_fixed_point(&few, &wide, columns);
-                    (few.linear)(&prepared, &strip, &mut out[3 * rows * tokens..]);
+                    (few.linear)(&prepared, &strip, &mut out[3 * rows * tokens..4 * rows * tokens]);
+                }
+                if let Some(few) = path.few_rows_pairs.filter(|few| tokens <= few.most) {
+                    let prepared = in_fixed_point(&few, &wide, columns);
+                    (few.linear)(&prepared, &strip, &mut out[4 * rows * tokens..]);
                 }
                 (path.linear_f32)(&prepared, &strip, &mut out[..rows * tokens]);
                 if let Some(few) = path.bf16.and_then(|bf16| bf16.few_rows).filter(|_| block_size >= 64) {
