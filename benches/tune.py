@@ -1,7 +1,7 @@
 """Where decoding in registers stops being the faster way: `python -m benches.tune`.
 
 A product of few rows decodes weights in registers, one of many rows in blocks (README, "Reading
-the code"). `tune.rs` times both on every CPU path, for 1 to 64 rows, on layers of a large and of a
+the code"). `tune.rs` times both on every CPU path, for 1 to 192 rows, on layers of a large and of a
 small model. From that follows one crossover per path and dtype: the number of rows up to which
 decoding in registers wins most in sum, counted in logarithms of the ratio, so that both layers and
 all numbers of rows have the same say and a near tie has little.

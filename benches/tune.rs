@@ -19,7 +19,7 @@ use std::time::Instant;
 const SIDES: [usize; 2] = [4096, 576];
 
 /// Rows of activations: every crossover known so far lies among them.
-const ROWS: [usize; 12] = [1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64];
+const ROWS: [usize; 15] = [1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192];
 
 /// Calls shorter than this are repeated within a turn until they fill it; short, so that many turns
 /// are free of what else the machine does.
