@@ -4,6 +4,7 @@
 //! byte per weight, read once. Many rows of x: see `gemm.rs`.
 
 mod low_rank;
+mod prepared;
 
 use crate::element::Element;
 use crate::error::Error;
@@ -11,9 +12,8 @@ use crate::gemm::Product;
 use crate::memory::{Plain, Scratch};
 use crate::packed_matrix::PackedMatrix;
 use crate::parallel::{self, ColumnRange, Columns};
-use crate::simd::{ABSMAX_PADDING, Kernels, PREPARED_MULTIPLE, Strip};
-use crate::simd::{ByteStep, FewRowsBf16, FewRowsFixed, PairStep, WordStep};
-use half::bf16;
+use crate::simd::{ABSMAX_PADDING, FewRowsFixed, Kernels, PREPARED_MULTIPLE, Strip};
+use prepared::Prepared;
 use std::ops::Range;
 
 /// Rows of W are multiplied in strips of a multiple of this many: a multiple of the kernels' tiles of up
@@ -26,29 +26,11 @@ const LONGEST_STRIP: usize = 192;
 /// Rows of a run that it would not pay to cut further.
 const SHORT_RUN: usize = 48;
 
-/// What fixed point may lose, in units of the last place of activations and results: see
-/// [`FewRowsFixed::prepare`]. Rounding the results loses 0.29 (root mean square).
-const FIXED_TOLERANCE: f32 = 0.25;
-
-/// Activations in the form that the chosen kernel reads.
-enum Prepared {
-    /// Widened to f32 and reordered.
-    F32(Scratch),
-    /// Reordered bf16.
-    Bf16(Scratch, FewRowsBf16),
-    /// In fixed point, as bytes.
-    Bytes(Scratch, FewRowsFixed<ByteStep>),
-    /// In fixed point, as pairs of words.
-    Pairs(Scratch, FewRowsFixed<PairStep>),
-    /// In fixed point, as words.
-    Words(Scratch, FewRowsFixed<WordStep>),
-}
-
 /// Write a forward product to `y` [tokens, out] and x Aᵀ times scaling to `hidden` [tokens, rank].
 ///
 /// Products are summed in f32. Weights are exact where x is f32. Else, where that is faster, they may be
-/// rounded to bf16 once, or weights and x to 14 to 16 bits (`simd/fixed.rs`). Allocates a reordered copy of x, at
-/// most four bytes per activation.
+/// rounded to bf16 once, or weights and x to 14 to 16 bits (`simd/fixed.rs`). Allocates a reordered copy of
+/// x, at most four bytes per activation.
 ///
 /// # Errors
 /// [`Error::Operand`] when an operand has another length than the shapes ask for.
@@ -60,14 +42,45 @@ pub fn write<T: Element>(
     threads: usize,
 ) -> Result<(), Error> {
     product.check(y.len(), hidden.len())?;
-    let Product { matrix, tokens, bias, .. } = product;
-    let (rows, columns) = (matrix.rows(), matrix.columns());
-    if *tokens == 0 {
-        return Ok(());
+    let prepared = Prepared::new(product, kernels, threads);
+    write_prepared(product, &prepared, kernels, y, hidden, threads);
+    Ok(())
+}
+
+/// The same if activations are multiplied in 16 bits; else returns false, with nothing written.
+///
+/// # Errors
+/// As [`write`].
+pub fn write_in_16_bits<T: Element>(
+    product: &Product<'_, T>,
+    kernels: &Kernels,
+    y: &mut [T],
+    hidden: &mut [T],
+    threads: usize,
+) -> Result<bool, Error> {
+    product.check(y.len(), hidden.len())?;
+    let prepared = Prepared::in_16_bits(product, kernels, threads);
+    if let Some(prepared) = &prepared {
+        write_prepared(product, prepared, kernels, y, hidden, threads);
     }
+    Ok(prepared.is_some())
+}
+
+fn write_prepared<T: Element>(
+    product: &Product<'_, T>,
+    prepared: &Prepared,
+    kernels: &Kernels,
+    y: &mut [T],
+    hidden: &mut [T],
+    threads: usize,
+) {
+    let Product { matrix, tokens, bias, .. } = product;
+    let rows = matrix.rows();
+    if *tokens == 0 {
+        return;
+    }
+    let fused = is_fused(matrix);
     low_rank::write_hidden(product, kernels, hidden, threads);
-    let fused = matrix.rows_are_aligned() && columns > 0;
-    let prepared = prepare(kernels, product.activations, *tokens, matrix, fused);
     let outer =
         product.factors().map(|(_, b)| low_rank::Outer::new(kernels, b.values, hidden, product.rank()));
     let y = Columns::new(y, rows);
@@ -76,9 +89,9 @@ pub fn write<T: Element>(
         let (first, height) = (strip.start, strip.len());
         let products = &mut products[..height * tokens];
         if fused {
-            strip_fused(kernels, &prepared, *tokens, matrix, first, products);
+            strip_fused(kernels, prepared, *tokens, matrix, first, products);
         } else {
-            strip_decoded(kernels, &prepared, *tokens, matrix, first, products);
+            strip_decoded(kernels, prepared, *tokens, matrix, first, products);
         }
         if let Some(outer) = &outer {
             outer.add(kernels, first, *tokens, products);
@@ -113,7 +126,11 @@ pub fn write<T: Element>(
             one_strip(strip_of(&run, first), products.values_mut(), &mut y, first - run.start);
         }
     });
-    Ok(())
+}
+
+/// Whether rows start at block boundaries: the kernels decode such in registers.
+fn is_fused(matrix: &PackedMatrix<'_>) -> bool {
+    matrix.rows_are_aligned() && matrix.columns() > 0
 }
 
 /// The strip of a run that starts at row `first`; empty past the run's end.
@@ -143,71 +160,7 @@ fn fetch_absmax(matrix: &PackedMatrix<'_>, rows: Range<usize>) {
     matrix.fetch_absmax(rows.start * blocks..rows.end * blocks);
 }
 
-fn prepare<T: Element>(
-    kernels: &Kernels,
-    x: &[T],
-    tokens: usize,
-    matrix: &PackedMatrix<'_>,
-    fused: bool,
-) -> Prepared {
-    let columns = matrix.columns();
-    if !fused {
-        let mut wide = Scratch::of::<f32>(x.len());
-        T::widen(kernels, x, &mut wide.values_mut()[..x.len()]);
-        return Prepared::F32(wide);
-    }
-    let width = columns.next_multiple_of(PREPARED_MULTIPLE);
-    let bf16_kernels = kernels.bf16.and_then(|bf16| bf16.few_rows);
-    let bf16_kernels = bf16_kernels.filter(|few| tokens >= few.fewest && matrix.block_size() >= 64);
-    if let (Some(kernels), Some(x)) = (bf16_kernels, T::as_bf16(x)) {
-        let mut prepared = Scratch::of::<bf16>(tokens * width);
-        (kernels.prepare)(x, columns, &mut prepared.values_mut()[..tokens * width]);
-        return Prepared::Bf16(prepared, kernels);
-    }
-    if size_of::<T>() == 2 {
-        if let Some((prepared, few)) = prepare_fixed(kernels, kernels.few_rows_bytes, x, tokens, columns) {
-            return Prepared::Bytes(prepared, few);
-        }
-        if let Some((prepared, few)) = prepare_fixed(kernels, kernels.few_rows_pairs, x, tokens, columns) {
-            return Prepared::Pairs(prepared, few);
-        }
-        if let Some((prepared, few)) = prepare_fixed(kernels, kernels.few_rows_words, x, tokens, columns) {
-            return Prepared::Words(prepared, few);
-        }
-    }
-    let mut wide = Scratch::of::<f32>(columns);
-    let wide = &mut wide.values_mut()[..columns];
-    let mut prepared = Scratch::of::<f32>(tokens * width);
-    for (row, out) in x.chunks_exact(columns).zip(prepared.values_mut().chunks_exact_mut(width)) {
-        T::widen(kernels, row, wide);
-        (kernels.prepare_f32)(wide, out);
-    }
-    Prepared::F32(prepared)
-}
-
-/// 16-bit activations in fixed point, if there are kernels for it and it is faster and exact enough.
-fn prepare_fixed<T: Element, Step: Plain>(
-    kernels: &Kernels,
-    few: Option<FewRowsFixed<Step>>,
-    x: &[T],
-    tokens: usize,
-    columns: usize,
-) -> Option<(Scratch, FewRowsFixed<Step>)> {
-    let few = few.filter(|few| tokens <= few.most)?;
-    let steps = columns.div_ceil(PREPARED_MULTIPLE);
-    let mut wide = Scratch::of::<f32>(columns);
-    let wide = &mut wide.values_mut()[..columns];
-    let mut prepared = Scratch::of::<Step>(tokens * steps);
-    for (row, out) in x.chunks_exact(columns).zip(prepared.values_mut().chunks_exact_mut(steps)) {
-        T::widen(kernels, row, wide);
-        if !(few.prepare)(wide, T::EPSILON * FIXED_TOLERANCE, out) {
-            return None;
-        }
-    }
-    Some((prepared, few))
-}
-
-/// Rows that start at block boundaries: the kernels decode them in registers.
+/// Rows that start at block boundaries.
 fn strip_fused(
     kernels: &Kernels,
     prepared: &Prepared,
@@ -231,16 +184,15 @@ fn strip_fused(
     match prepared {
         Prepared::F32(x) => (kernels.linear_f32)(&x.values()[..prepared_values], &strip, products),
         Prepared::Bf16(x, kernels) => (kernels.linear)(&x.values()[..prepared_values], &strip, products),
-        Prepared::Bytes(x, kernels) => {
-            (kernels.linear)(&x.values()[..prepared_values / PREPARED_MULTIPLE], &strip, products);
-        }
-        Prepared::Pairs(x, kernels) => {
-            (kernels.linear)(&x.values()[..prepared_values / PREPARED_MULTIPLE], &strip, products);
-        }
-        Prepared::Words(x, kernels) => {
-            (kernels.linear)(&x.values()[..prepared_values / PREPARED_MULTIPLE], &strip, products);
-        }
+        Prepared::Bytes(x, kernels) => fixed(kernels, x, &strip, products),
+        Prepared::Pairs(x, kernels) => fixed(kernels, x, &strip, products),
+        Prepared::Words(x, kernels) => fixed(kernels, x, &strip, products),
     }
+}
+
+fn fixed<Step: Plain>(kernels: &FewRowsFixed<Step>, x: &Scratch, strip: &Strip<'_>, products: &mut [f32]) {
+    let steps = strip.tokens * strip.columns.div_ceil(PREPARED_MULTIPLE);
+    (kernels.linear)(&x.values()[..steps], strip, products);
 }
 
 /// Rows that share blocks with their neighbours: decode a row at a time.

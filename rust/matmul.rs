@@ -21,12 +21,20 @@ pub fn write<T: Element>(
     hidden: &mut [T],
     threads: usize,
 ) -> Result<(), Error> {
-    let few = product.tokens <= kernels.few_rows[usize::from(T::as_bf16(&[]).is_some())];
-    if few && product.direction == Direction::Forward {
-        few_rows::write(product, kernels, out, hidden, threads)
-    } else {
-        write_blocks(product, kernels, out, hidden, threads)
+    let [few, few_in_bf16] = kernels.few_rows;
+    if product.direction == Direction::Forward {
+        if product.tokens <= few {
+            return few_rows::write(product, kernels, out, hidden, threads);
+        }
+        // Activations that are refused there would be multiplied as f32, which does not pay here.
+        if T::as_bf16(&[]).is_some()
+            && product.tokens <= few_in_bf16
+            && few_rows::write_in_16_bits(product, kernels, out, hidden, threads)?
+        {
+            return Ok(());
+        }
     }
+    write_blocks(product, kernels, out, hidden, threads)
 }
 
 /// The same by decoding blocks of weights (`gemm.rs`), whatever the number of rows.

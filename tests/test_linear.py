@@ -128,7 +128,7 @@ def test_rows_that_end_inside_a_step_far_on_are_as_accurate_as_torch(
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
-@pytest.mark.parametrize("rows", [1, 2, 3])
+@pytest.mark.parametrize("rows", [1, 2, 3, 5, 20])
 @pytest.mark.parametrize("large", [30.0, 300.0, 3e4])
 def test_a_large_activation_that_meets_zeros_costs_the_others_no_bits(
     large: float, rows: int, dtype: torch.dtype

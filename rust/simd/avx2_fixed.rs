@@ -1,4 +1,4 @@
-//! AVX2: activations brought into fixed point, as words (`fixed.rs`).
+//! AVX2: activations brought into fixed point (`fixed.rs`), as words and, for AVX-512, as pairs.
 
 use super::PREPARED_MULTIPLE;
 use super::avx2_linear::sum_of_lanes;
@@ -82,10 +82,16 @@ fn prepare_unit<const SUMMED: bool>(values: &[f32; UNIT_SIZE]) -> (f32, [__m256i
         let lost = _mm256_sub_ps(*value, _mm256_cvtepi32_ps(integer));
         error = _mm256_fmadd_ps(lost, lost, error);
     }
-    // Of eight values that lie eight apart, in four pairs, the smallest of the pairs' larger ones: about as
-    // large as they are, unless every pair holds one that is too large.
-    let pairs: [__m256; 4] = std::array::from_fn(|i| _mm256_max_ps(sizes[i], sizes[i + 4]));
-    let typical = _mm256_min_ps(_mm256_min_ps(pairs[0], pairs[1]), _mm256_min_ps(pairs[2], pairs[3]));
+    // Of eight values, in four pairs, the smallest of the pairs' larger ones: about as large as they are,
+    // unless every pair holds one that is too large. Lanes are turned by distances that have nothing in
+    // common, so that no such values at equal distances meet every pair, but for each third one.
+    let mut typical = _mm256_set1_ps(f32::INFINITY);
+    for (i, turn) in [0, 3, 1, 6].into_iter().enumerate() {
+        let pair = _mm256_castps_si256(_mm256_max_ps(sizes[i], sizes[i + 4]));
+        let lanes = _mm256_add_epi32(_mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7), _mm256_set1_epi32(turn));
+        let turned = _mm256_permutevar8x32_epi32(pair, lanes);
+        typical = _mm256_min_ps(typical, _mm256_castsi256_ps(turned));
+    }
     let typical = _mm256_mul_ps(typical, _mm256_set1_ps(inverse));
     let square = f64::from(unit).powi(2);
     let mut loss = Loss {

@@ -167,7 +167,7 @@ fn add_products<const M: usize>(
         let total = _mm256_cvtepi32_ps(add(first, second));
         // SAFETY: the array holds the 8 floats that are read.
         let unit = unsafe { _mm256_loadu_ps(x.unit[half].as_ptr()) };
-        sums[m] = _mm256_fmadd_ps(_mm256_mul_ps(total, scale), unit, sums[m]);
+        sums[m] = _mm256_fmadd_ps(_mm256_mul_ps(total, unit), scale, sums[m]);
     }
 }
 

@@ -107,7 +107,7 @@ const FEW_ROWS_PAIRS: FewRowsFixed<PairStep> = FewRowsFixed {
     linear: |x, strip, out| unsafe { avx512_pairs::linear(x, strip, out) },
 };
 
-/// The same with products of bytes.
+/// [`KERNELS`] with products of bytes and words.
 static KERNELS_WITH_VNNI: Kernels = Kernels {
     name: "avx512_vnni",
     // SAFETY: as above, with avx512vbmi.
@@ -118,7 +118,7 @@ static KERNELS_WITH_VNNI: Kernels = Kernels {
     ..KERNELS
 };
 
-/// The same with products of bf16 as such.
+/// [`KERNELS`] with products of bf16 as such.
 pub(super) static KERNELS_WITH_BF16: Kernels = Kernels {
     name: "avx512_bf16",
     bf16: Some(Bf16Kernels {

@@ -10,9 +10,8 @@ use super::fixed::{ByteStep, LEVEL_BYTES};
 use super::{PREPARED_MULTIPLE, Strip};
 use std::arch::x86_64::*;
 
-/// With more tokens, looking up levels as floats is as fast or faster (measured at four tokens of 4096
-/// values): bytes cost each token ten instructions a step and row, floats eight after those that tokens
-/// share, and the prepared activations of four tokens fill the first-level cache.
+/// With more tokens, pairs of words (`avx512_pairs.rs`) are faster: bytes cost each token ten instructions a
+/// step and row, words fewer than five after those that tokens share.
 pub(super) const MOST_TOKENS: usize = 3;
 
 /// See [`super::FewRowsFixed`].

@@ -116,7 +116,7 @@ impl<'a, const TAIL: bool> RowTile<'a, TAIL> {
                 }
                 let mut products = [[_mm512_setzero_si512(); 2]; M];
                 for c in first..first + run {
-                    // SAFETY: the row holds the 16 words that are read.
+                    // SAFETY: the row holds the 16 words that are read; rows of tiles are aligned.
                     let codes = unsafe { _mm512_load_si512(columns.0[c].as_ptr().cast()) };
                     for pair in 0..4 {
                         let weights = levels.look_up(codes, pair);
@@ -126,14 +126,14 @@ impl<'a, const TAIL: bool> RowTile<'a, TAIL> {
                         }
                     }
                 }
-                // SAFETY: the row holds the 16 floats that are read.
+                // SAFETY: as above.
                 let scale = unsafe { _mm512_load_ps(scales.0[block % SIDE].as_ptr().cast()) };
                 for m in 0..M {
                     let unit = _mm512_set1_ps(x[m][step].unit[first]);
                     let [even, odd] = products[m];
                     let total = if PARTS == 2 { _mm512_add_epi32(even, odd) } else { even };
-                    let scaled = _mm512_mul_ps(_mm512_cvtepi32_ps(total), scale);
-                    sums[m] = _mm512_fmadd_ps(scaled, unit, sums[m]);
+                    let total = _mm512_mul_ps(_mm512_cvtepi32_ps(total), unit);
+                    sums[m] = _mm512_fmadd_ps(total, scale, sums[m]);
                 }
             }
         }
@@ -153,7 +153,8 @@ impl<'a, const TAIL: bool> RowTile<'a, TAIL> {
         for (absmax, out) in self.absmax.iter().zip(&mut scales.0) {
             let absmax = &absmax[first..];
             let mask = (u32::from(u16::MAX) >> (SIDE - absmax.len().min(SIDE))) as u16;
-            // SAFETY: the mask admits what lies before the end of the row's absmax; 16 words are written.
+            // SAFETY: the mask admits what lies before the end of the row's absmax; 16 words are written to a
+            // row of a tile, which is aligned.
             unsafe {
                 let values = _mm512_maskz_loadu_ps(mask, absmax.as_ptr());
                 _mm512_store_ps(out.as_mut_ptr().cast(), values);

@@ -7,7 +7,7 @@
 //! # Words
 //!
 //! A level L becomes S L, rounded. Products of 16 by 16 bits are summed two at a time, which 32 bits hold
-//! for eight of them, all that 64 weights bring to a lane. Codes of zero contribute nothing.
+//! for eight of them, all that 64 weights bring to a lane. Weights of zero contribute nothing.
 //!
 //! # Pairs
 //!
@@ -57,6 +57,8 @@ pub(super) const PAIR_SCALE: f32 = 7854.0;
 /// What the sizes of a unit's q may add up to there, so that its products fit 32 bits. Rounding each to
 /// nearest, and their sum as f32, is allowed for.
 pub(super) const LARGEST_SUM: u32 = i32::MAX as u32 / PAIR_SCALE as u32 - UNIT_SIZE as u32;
+
+const _: () = assert!((LARGEST_SUM + UNIT_SIZE as u32) as u64 * PAIR_SCALE as u64 <= i32::MAX as u64);
 
 /// The low bytes, then the high ones, of S L of each level.
 pub(super) static LEVEL_WORDS: [[u8; 16]; 2] = word_bytes(WORD_SCALE);
@@ -140,7 +142,7 @@ pub struct PairStep {
     pub(super) unit: [f32; 16],
 }
 
-// SAFETY: bytes and floats, no padding; tiles are aligned to cache lines too.
+// SAFETY: integers and floats, no padding; tiles are aligned to cache lines too.
 unsafe impl Plain for ByteStep {}
 // SAFETY: as above.
 unsafe impl Plain for PairStep {}
@@ -157,7 +159,9 @@ pub struct FewRowsFixed<Step> {
     /// Returns whether that lost little: false where a value is not finite, or where large values leave
     /// those beside them too few bits. To be exact, the errors of all activations (their root mean
     /// square) may be `tolerance` of the row's size, for which the few largest activations of each unit
-    /// do not count: weights of zero may hide those, and what is left should be right even then.
+    /// do not count: weights of zero may hide those, and what is left should be right even then. (Units that
+    /// are small beside the others count little, as they do in the results unless weights are zero for all
+    /// others.)
     pub prepare: fn(x: &[f32], tolerance: f32, out: &mut [Step]) -> bool,
     /// As [`super::Kernels::linear_f32`], for up to `most` rows, one after the other.
     pub linear: Linear<Step>,

@@ -242,6 +242,10 @@ fn check_refusals<S: Step>(few: &FewRowsFixed<S>) {
         assert!(!takes(&with(&[70, other], -3e4), brain), "two of them, {other}");
         assert!(!takes(&with(&[70, other], f32::INFINITY), brain), "{other}");
     }
+    for stride in [8, 16] {
+        let at: Vec<usize> = (0..4160).step_by(stride).filter(|at| at % 64 < 32).collect();
+        assert!(!takes(&with(&at, 3e4), brain), "every {stride}th");
+    }
     assert!(!takes(&[f32::INFINITY; 128], brain) && !takes(&[f32::NAN; 128], brain));
     let mut mixed = with(&[64, 96], f32::NEG_INFINITY);
     mixed[80] = f32::NAN;
@@ -263,10 +267,32 @@ fn the_largest_sums_fit() {
             check_products(path.name, path.few_rows_pairs, &row(LARGEST_SUM / 64), &strip, 1)
                 .expect(path.name);
             let mut few_large = row(0);
-            for k in 0..columns / 12 {
-                few_large[12 * k] = x * LARGEST_WORD as f32;
+            for large in few_large.iter_mut().step_by(4) {
+                *large = x * LARGEST_WORD as f32;
             }
             check_products(path.name, path.few_rows_pairs, &few_large, &strip, 1).expect(path.name);
+            // Rounded up, in units of one, these would add up to more than 32 bits hold.
+            let rounded = [vec![x * 4272.6; columns / 2], vec![x * 4271.6; columns / 2]].concat();
+            let mixed: Vec<f32> = (0..columns).map(|k| rounded[k % 2 * (columns / 2)]).collect();
+            check_products(path.name, path.few_rows_pairs, &mixed, &strip, 1).expect(path.name);
+        }
+    }
+}
+
+#[test]
+fn rows_of_many_blocks_and_of_large_weights() {
+    let (rows, tokens) = (17, 5);
+    for (block_size, blocks) in [(32, 35), (64, 17), (64, 33), (256, 3)] {
+        let columns = block_size * blocks;
+        let codes: Vec<u8> = (0..rows * columns / 2).map(|i| (i * 37 % 251) as u8).collect();
+        let absmax = |i: usize| [1e-3, 0.5, 3.0, 4e29][i * 7 % 4];
+        let absmax: Vec<f32> = (0..rows * blocks + ABSMAX_PADDING).map(absmax).collect();
+        let x: Vec<f32> = (0..tokens * columns).map(|i| (i * 13 % 29) as f32 - 14.0).collect();
+        let strip = Strip { codes: &codes, absmax: &absmax, columns, block_size, tokens };
+        for path in available() {
+            check_products(path.name, path.few_rows_bytes, &x, &strip, rows).expect(path.name);
+            check_products(path.name, path.few_rows_words, &x, &strip, rows).expect(path.name);
+            check_products(path.name, path.few_rows_pairs, &x, &strip, rows).expect(path.name);
         }
     }
 }
