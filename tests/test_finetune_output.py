@@ -68,6 +68,17 @@ def test_a_run_that_cannot_work_writes_nothing(
     assert not Path(settings.output).exists()
 
 
+def test_wrong_targets_are_refused_before_anything_is_quantized(
+    settings: FinetuneSettings,
+) -> None:
+    said = io.StringIO()
+    wrong = replace(settings, target_modules=("no_such_layer",))
+    with pytest.raises(QloraError, match=r"no_such_layer.* matches none of the 14 quantized"):
+        finetune(wrong, progress=Progress(said))
+    assert "Loading" in said.getvalue()
+    assert "Quantizing" not in said.getvalue()
+
+
 def test_a_bad_line_writes_nothing(settings: FinetuneSettings) -> None:
     with Path(settings.data).open("a") as file:
         file.write('{"prompt": "no completion"}\n')

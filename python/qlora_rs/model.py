@@ -45,6 +45,22 @@ def quantize_model(
     >>> type(model[0]).__name__
     'NF4Linear'
     """
+    chosen = layers_to_quantize(model, skip)
+    for name, module in chosen:
+        _check_layer(name, module, block_size, double_quant)
+    model.requires_grad_(False)
+    for done, (name, module) in enumerate(chosen, start=1):
+        layer = NF4Linear.from_linear(module, block_size, double_quant, compute_dtype)
+        replace_module(model, name, layer.train(module.training))
+        if progress is not None:
+            progress(done, len(chosen), name)
+    return model
+
+
+def layers_to_quantize(
+    model: nn.Module, skip: Iterable[str] = ("lm_head",)
+) -> list[tuple[str, nn.Linear]]:
+    """The layers that `quantize_model` would replace, by full name; raises QloraError likewise."""
     check_model(model)
     skip = frozenset([skip] if isinstance(skip, str) else skip)
     names = {name for name, _ in model.named_modules()}
@@ -74,31 +90,27 @@ def quantize_model(
             f"the model has no nn.Linear to quantize outside skip={sorted(skip)}; one that is "
             "quantized already needs no second call, others a smaller skip"
         )
-    for name, module in chosen:
-        try:
-            check_weight(module.weight, block_size, double_quant)
-        except QloraError as error:
-            raise QloraError(f"{name}: {error}; nothing was quantized") from error
-        if module.weight.device.type not in DEVICES:
-            raise QloraError(
-                f"{name}.weight is on {module.weight.device}; nothing was quantized, so move the "
-                'model to the CPU first with .to("cpu")'
-            )
-        # Before the first replacement, so that a refusal leaves the model whole.
-        if module.weight.device.type != "meta" and not torch.isfinite(module.weight).all():
-            count = int((~torch.isfinite(module.weight)).sum())
-            first = (~torch.isfinite(module.weight)).nonzero()[0].tolist()
-            raise QloraError(
-                f"{name}.weight holds {count} NaN or infinite value(s), the first at {first}; "
-                "nothing was quantized, so clean or skip this layer"
-            )
-    model.requires_grad_(False)
-    for done, (name, module) in enumerate(chosen, start=1):
-        layer = NF4Linear.from_linear(module, block_size, double_quant, compute_dtype)
-        replace_module(model, name, layer.train(module.training))
-        if progress is not None:
-            progress(done, len(chosen), name)
-    return model
+    return chosen
+
+
+def _check_layer(name: str, module: nn.Linear, block_size: int, double_quant: bool) -> None:
+    """Refuse what cannot be quantized, before any layer is replaced: the model stays whole."""
+    try:
+        check_weight(module.weight, block_size, double_quant)
+    except QloraError as error:
+        raise QloraError(f"{name}: {error}; nothing was quantized") from error
+    if module.weight.device.type not in DEVICES:
+        raise QloraError(
+            f"{name}.weight is on {module.weight.device}; nothing was quantized, so move the "
+            'model to the CPU first with .to("cpu")'
+        )
+    if module.weight.device.type != "meta" and not torch.isfinite(module.weight).all():
+        count = int((~torch.isfinite(module.weight)).sum())
+        first = (~torch.isfinite(module.weight)).nonzero()[0].tolist()
+        raise QloraError(
+            f"{name}.weight holds {count} NaN or infinite value(s), the first at {first}; "
+            "nothing was quantized, so clean or skip this layer"
+        )
 
 
 def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:
@@ -129,6 +141,11 @@ def select_targets(model: nn.Module, target_modules: str | Iterable[str]) -> lis
     names = [name for name, module in model.named_modules() if isinstance(module, NF4Linear)]
     if not names:
         raise QloraError("the model has no NF4Linear; call quantize_model(model) first")
+    return match_targets(names, target_modules)
+
+
+def match_targets(names: list[str], target_modules: str | Iterable[str]) -> list[str]:
+    """Those of the quantized layers' names that `target_modules` means; see `select_targets`."""
     if target_modules == "all-linear":
         return names
     if isinstance(target_modules, str) and target_modules != "attention":

@@ -18,6 +18,7 @@ from typing import Any
 
 import qlora_rs
 from qlora_rs.errors import QloraError, refuse_together
+from qlora_rs.model import layers_to_quantize, match_targets
 from qlora_rs.recipes import base_model, report
 from qlora_rs.recipes import output_folder as folder
 from qlora_rs.recipes.data import Example, check_data_path, read_examples
@@ -108,21 +109,26 @@ def prepare_model(model: Any, settings: FinetuneSettings, progress: Progress) ->
     def show(done: int, total: int, name: str) -> None:
         progress.line(f"Quantizing to NF4  {done}/{total}  {name}", last=done == total)
 
+    targets: str | list[str] = (
+        settings.target_modules
+        if isinstance(settings.target_modules, str)
+        else list(settings.target_modules)
+    )
+    # Quantizing a large model takes minutes: a wrong name is refused before.
+    match_targets([name for name, _ in layers_to_quantize(model)], targets)
     qlora_rs.quantize_model(
         model,
-        skip=("lm_head",),
         block_size=settings.block_size,
         double_quant=settings.double_quant,
         progress=show,
     )
     transformers.set_seed(settings.seed)
-    targets = settings.target_modules
     qlora_rs.add_lora(
         model,
         r=settings.r,
         alpha=settings.alpha,
         dropout=settings.dropout,
-        target_modules=targets if isinstance(targets, str) else list(targets),
+        target_modules=targets,
         use_rslora=settings.rslora,
     )
 
