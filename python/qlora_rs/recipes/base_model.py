@@ -111,6 +111,12 @@ def _check_directory(path: Path) -> None:
     config_file = path / "config.json"
     if not config_file.is_file():
         found = sorted(entry.name for entry in path.iterdir())[:5]
+        weights = sorted(path.glob("*.gguf"))
+        if weights:
+            raise QloraError(
+                f"{path} has no config.json, so it is not a model directory; give the file: "
+                f"{weights[0]}"
+            )
         raise QloraError(
             f"{path} has no config.json (it holds {', '.join(found) or 'nothing'}), so it is not "
             "a model directory"

@@ -290,6 +290,7 @@ class _Run:
             "tokens": int(trainer.state.num_input_tokens_seen),
             "first_loss": sum(losses[:window]) / window,
             "last_loss": sum(losses[-window:]) / window,
+            "loss_window": window,
             "held_out_loss_before": held_out[0] if len(held_out) > 1 else None,
             "held_out_loss": held_out[-1] if held_out else None,
             "train_seconds": round(callback.earlier_seconds + seconds, 1),

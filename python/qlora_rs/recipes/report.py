@@ -72,6 +72,9 @@ def table(rows: Sequence[tuple[str, str]], title: str | None = None) -> str:
 def finetune_table(summary: dict[str, Any]) -> str:
     """Lay out summary.json of a run."""
     loss = f"{summary['first_loss']:.3f} -> {summary['last_loss']:.3f} per answer token"
+    window = summary.get("loss_window", 1)  # summaries of earlier versions do not say
+    if window > 1:
+        loss += f" (means of the first and the last {window} steps)"
     rows = [
         ("base model", f"{summary['model']} ({summary['parameters']:,} parameters)"),
         (

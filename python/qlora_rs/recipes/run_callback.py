@@ -57,7 +57,9 @@ class RunCallback(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Ask for a checkpoint and the end of training when the user wants to stop."""
         self._substeps = 0
-        self._draw(args, state, last=state.global_step >= state.max_steps)
+        self._stop_if_asked(state, control)
+
+    def _stop_if_asked(self, state: Any, control: Any) -> None:
         if self.stop and state.global_step < state.max_steps:
             control.should_save = True
             control.should_training_stop = True
@@ -65,9 +67,9 @@ class RunCallback(TrainerCallback):
     def on_log(
         self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any
     ) -> None:
-        """Append to log.jsonl; refuse to go on with a loss that is not a number.
+        """Append to log.jsonl, show the step; refuse to go on with a loss that is not a number.
 
-        Runs before the step's checkpoint is written, so a broken state is never saved.
+        Runs after each step, before its checkpoint is written, so a broken state is never saved.
         """
         logs = logs or {}
         entry: dict[str, Any] = {"step": state.global_step}
@@ -88,6 +90,10 @@ class RunCallback(TrainerCallback):
         if self._log is not None:
             self._log.write(json.dumps(entry) + "\n")
             self._log.flush()
+        if "loss" in entry:
+            self._draw(args, state, last=state.global_step >= state.max_steps)
+            # The checkpoint is still to come: a signal since the end of the step stops here, too.
+            self._stop_if_asked(state, control)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Stop the clock."""
