@@ -14,11 +14,11 @@ mod avx2_decode;
 #[cfg(target_arch = "x86_64")]
 mod avx2_fixed;
 #[cfg(target_arch = "x86_64")]
-mod avx2_fixed_linear;
-#[cfg(target_arch = "x86_64")]
 mod avx2_gemm;
 #[cfg(target_arch = "x86_64")]
 mod avx2_linear;
+#[cfg(target_arch = "x86_64")]
+mod avx2_words_linear;
 #[cfg(target_arch = "x86_64")]
 mod avx512;
 #[cfg(target_arch = "x86_64")]
@@ -28,11 +28,11 @@ mod avx512_bf16_linear;
 #[cfg(target_arch = "x86_64")]
 mod avx512_bf16_rows;
 #[cfg(target_arch = "x86_64")]
+mod avx512_bytes;
+#[cfg(target_arch = "x86_64")]
+mod avx512_bytes_linear;
+#[cfg(target_arch = "x86_64")]
 mod avx512_decode;
-#[cfg(target_arch = "x86_64")]
-mod avx512_fixed;
-#[cfg(target_arch = "x86_64")]
-mod avx512_fixed_linear;
 #[cfg(target_arch = "x86_64")]
 mod avx512_gemm;
 #[cfg(target_arch = "x86_64")]
@@ -40,7 +40,7 @@ mod avx512_linear;
 #[cfg(target_arch = "x86_64")]
 mod avx512_many_tokens;
 #[cfg(target_arch = "x86_64")]
-mod avx512_pairs;
+mod avx512_pairs_linear;
 mod crossover;
 mod fixed;
 mod gated;

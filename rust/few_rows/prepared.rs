@@ -55,14 +55,15 @@ impl Prepared {
             (few.prepare)(x, columns, &mut prepared.values_mut()[..count]);
             return Some(Self::Bf16(prepared, few));
         }
-        if let Some((prepared, few)) = fixed(kernels, kernels.few_rows_bytes, x, columns, threads) {
-            return Some(Self::Bytes(prepared, few));
+        // What one form refuses, the others would hardly take.
+        if let Some(few) = kernels.few_rows_bytes.filter(|few| *tokens <= few.most) {
+            return Some(Self::Bytes(fixed(kernels, few, x, columns, threads)?, few));
         }
-        if let Some((prepared, few)) = fixed(kernels, kernels.few_rows_pairs, x, columns, threads) {
-            return Some(Self::Pairs(prepared, few));
+        if let Some(few) = kernels.few_rows_pairs.filter(|few| *tokens <= few.most) {
+            return Some(Self::Pairs(fixed(kernels, few, x, columns, threads)?, few));
         }
-        let (prepared, few) = fixed(kernels, kernels.few_rows_words, x, columns, threads)?;
-        Some(Self::Words(prepared, few))
+        let few = kernels.few_rows_words.filter(|few| *tokens <= few.most)?;
+        Some(Self::Words(fixed(kernels, few, x, columns, threads)?, few))
     }
 
     /// Widened; reordered too, unless rows are decoded one by one.
@@ -86,18 +87,16 @@ impl Prepared {
     }
 }
 
-/// Rows of activations in fixed point, if there are kernels for so many and all rows are exact enough.
+/// Rows of activations in fixed point, if all of them are exact enough.
 fn fixed<T: Element, Step: Plain + Send>(
     kernels: &Kernels,
-    few: Option<FewRowsFixed<Step>>,
+    few: FewRowsFixed<Step>,
     x: &[T],
     columns: usize,
     threads: usize,
-) -> Option<(Scratch, FewRowsFixed<Step>)> {
-    let tokens = x.len() / columns;
-    let few = few.filter(|few| tokens <= few.most)?;
+) -> Option<Scratch> {
     let steps = columns.div_ceil(PREPARED_MULTIPLE);
-    let mut prepared = Scratch::of::<Step>(tokens * steps);
+    let mut prepared = Scratch::of::<Step>(x.len() / columns * steps);
     let refused = AtomicBool::new(false);
     let rows = x.chunks_exact(columns).zip(prepared.values_mut().chunks_exact_mut(steps));
     let threads = if x.len() <= FEW_ACTIVATIONS { 1 } else { threads };
@@ -112,5 +111,5 @@ fn fixed<T: Element, Step: Plain + Send>(
             refused.store(true, Ordering::Relaxed);
         }
     });
-    (!refused.into_inner()).then_some((prepared, few))
+    (!refused.into_inner()).then_some(prepared)
 }

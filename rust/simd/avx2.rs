@@ -1,11 +1,11 @@
 //! AVX2, FMA and F16C, what nearly every x86 CPU since 2013 has: quantize and conversions. Decoding:
-//! `avx2_decode.rs`. Products: `avx2_linear.rs`, `avx2_fixed_linear.rs`, `avx2_gemm.rs`.
+//! `avx2_decode.rs`. Products: `avx2_linear.rs`, `avx2_words_linear.rs`, `avx2_gemm.rs`.
 //!
 //! All functions here are reached through [`KERNELS`] alone, and [`detect`] hands that table out
 //! only where the CPU has the features: that is the argument of every `unsafe` call below.
 
 use super::{FewRowsFixed, Kernels, PanelKernels, crossover, gated, portable, softmax};
-use super::{avx2_decode, avx2_fixed, avx2_fixed_linear, avx2_gemm, avx2_linear};
+use super::{avx2_decode, avx2_fixed, avx2_gemm, avx2_linear, avx2_words_linear};
 use crate::codebook::BOUNDARIES;
 use crate::packed_matrix::NestedScales;
 use crate::quantize::SMALLEST_ABSMAX;
@@ -75,7 +75,7 @@ static KERNELS: Kernels = Kernels {
         // SAFETY: as above.
         prepare: |x, tolerance, out| unsafe { avx2_fixed::prepare(x, tolerance, out) },
         // SAFETY: as above.
-        linear: |x, strip, out| unsafe { avx2_fixed_linear::linear(x, strip, out) },
+        linear: |x, strip, out| unsafe { avx2_words_linear::linear(x, strip, out) },
     }),
     bf16: None,
 };

@@ -15,9 +15,6 @@ pub(super) const STEP_BYTES: usize = 32;
 const STEP: usize = 2 * STEP_BYTES;
 const HALF: usize = STEP / 2;
 
-/// Tokens whose partial sums of one row's step stay in registers beside the decoding.
-const MOST_TOKENS: usize = 8;
-
 /// Put each 64 values into the order in which a step's vectors of 8 weights come: first those in high
 /// nibbles, vector q with bytes 4q..4q+4 of the codes' lower half and then of their upper half; then
 /// those in low nibbles.
@@ -42,58 +39,79 @@ pub(super) fn prepare_f32(row: &[f32], out: &mut [f32]) {
     out[written..].fill(0.0);
 }
 
-/// Products of four rows at a time with up to eight tokens at a time. A single token's activations are
-/// near without that: its rows go by one by one.
-#[target_feature(enable = "avx2,fma")]
-pub(super) fn linear_f32(x: &[f32], strip: &Strip<'_>, out: &mut [f32]) {
-    let rows = out.len() / strip.tokens;
-    assert!(out.len() == rows * strip.tokens);
-    strip.check(x.len(), rows, 32);
-    let mut row = 0;
-    while row < rows {
-        let out = &mut out[row * strip.tokens..];
-        row += if strip.tokens > 1 && rows - row >= 4 {
-            rows_times_tokens::<4>(x, strip, row, out)
-        } else {
-            rows_times_tokens::<1>(x, strip, row, out)
-        };
-    }
-}
-
-/// `R` rows from `row` on times all tokens; returns R.
-#[inline]
-#[target_feature(enable = "avx2,fma")]
-fn rows_times_tokens<const R: usize>(x: &[f32], strip: &Strip<'_>, row: usize, out: &mut [f32]) -> usize {
-    let (bytes, blocks) = (strip.columns / 2, strip.blocks());
-    let rows = Rows::<R> {
-        codes: std::array::from_fn(|r| &strip.codes[(row + r) * bytes..][..bytes]),
-        absmax: std::array::from_fn(|r| &strip.absmax[(row + r) * blocks..][..blocks]),
-        block_size: strip.block_size,
-    };
-    let (tokens, prepared) = (strip.tokens, x.len() / strip.tokens);
-    // Each group decodes the rows anew: as few as can be, and none of them small.
-    let most = tokens.div_ceil(tokens.div_ceil(MOST_TOKENS));
-    for first in (0..tokens).step_by(most) {
-        let (x, out) = (&x[first * prepared..], &mut out[first..]);
-        match most.min(tokens - first) {
-            1 => rows.times::<1>(x, prepared, tokens, out),
-            2 => rows.times::<2>(x, prepared, tokens, out),
-            3 => rows.times::<3>(x, prepared, tokens, out),
-            4 => rows.times::<4>(x, prepared, tokens, out),
-            5 => rows.times::<5>(x, prepared, tokens, out),
-            6 => rows.times::<6>(x, prepared, tokens, out),
-            7 => rows.times::<7>(x, prepared, tokens, out),
-            _ => rows.times::<MOST_TOKENS>(x, prepared, tokens, out),
+/// Define `$name`, products of rows of weights with prepared activations of one form, `$values` of them in
+/// each `$form`: four rows at a time with up to eight tokens at a time by `Rows::$times`. A single token's
+/// activations are near without that: its rows go by one by one.
+macro_rules! linear {
+    ($name:ident, $form:ty, $values:expr, $times:ident) => {
+        #[target_feature(enable = "avx2,fma")]
+        pub(super) fn $name(x: &[$form], strip: &Strip<'_>, out: &mut [f32]) {
+            let rows = out.len() / strip.tokens;
+            assert!(out.len() == rows * strip.tokens);
+            strip.check(x.len() * $values, rows, 32);
+            let mut row = 0;
+            while row < rows {
+                let out = &mut out[row * strip.tokens..];
+                row += if strip.tokens > 1 && rows - row >= 4 {
+                    rows_times_tokens::<4>(x, strip, row, out)
+                } else {
+                    rows_times_tokens::<1>(x, strip, row, out)
+                };
+            }
         }
-    }
-    R
+
+        /// `R` rows from `row` on times all tokens; returns R.
+        #[inline]
+        #[target_feature(enable = "avx2,fma")]
+        fn rows_times_tokens<const R: usize>(
+            x: &[$form],
+            strip: &Strip<'_>,
+            row: usize,
+            out: &mut [f32],
+        ) -> usize {
+            let rows = Rows::<R>::new(strip, row);
+            let (tokens, prepared) = (strip.tokens, x.len() / strip.tokens);
+            // Each group decodes the rows anew: as few as can be, and none of them small.
+            let most = tokens.div_ceil(tokens.div_ceil(8));
+            for first in (0..tokens).step_by(most) {
+                let (x, out) = (&x[first * prepared..], &mut out[first..]);
+                match most.min(tokens - first) {
+                    1 => rows.$times::<1>(x, prepared, tokens, out),
+                    2 => rows.$times::<2>(x, prepared, tokens, out),
+                    3 => rows.$times::<3>(x, prepared, tokens, out),
+                    4 => rows.$times::<4>(x, prepared, tokens, out),
+                    5 => rows.$times::<5>(x, prepared, tokens, out),
+                    6 => rows.$times::<6>(x, prepared, tokens, out),
+                    7 => rows.$times::<7>(x, prepared, tokens, out),
+                    // Partial sums of more would not stay in registers beside the decoding.
+                    _ => rows.$times::<8>(x, prepared, tokens, out),
+                }
+            }
+            R
+        }
+    };
 }
+pub(super) use linear;
+
+linear!(linear_f32, f32, 1, times);
 
 /// Rows of W that go by together, so that a step's activations are near for all but the first.
-struct Rows<'a, const R: usize> {
-    codes: [&'a [u8]; R],
-    absmax: [&'a [f32]; R],
-    block_size: usize,
+pub(super) struct Rows<'a, const R: usize> {
+    pub(super) codes: [&'a [u8]; R],
+    pub(super) absmax: [&'a [f32]; R],
+    pub(super) block_size: usize,
+}
+
+impl<'a, const R: usize> Rows<'a, R> {
+    /// Rows from `row` on.
+    pub(super) fn new(strip: &Strip<'a>, row: usize) -> Self {
+        let (bytes, blocks) = (strip.columns / 2, strip.blocks());
+        Self {
+            codes: std::array::from_fn(|r| &strip.codes[(row + r) * bytes..][..bytes]),
+            absmax: std::array::from_fn(|r| &strip.absmax[(row + r) * blocks..][..blocks]),
+            block_size: strip.block_size,
+        }
+    }
 }
 
 impl<const R: usize> Rows<'_, R> {

@@ -5,8 +5,8 @@
 
 use super::{Bf16Kernels, ByteStep, FewRowsBf16, FewRowsFixed, Interleave, Kernels, PairStep, PanelKernels};
 use super::{
-    avx2_fixed, avx512_absmax, avx512_bf16_linear, avx512_decode, avx512_fixed, avx512_fixed_linear,
-    avx512_gemm, avx512_linear, avx512_pairs, crossover, gated, portable, softmax,
+    avx2_fixed, avx512_absmax, avx512_bf16_linear, avx512_bytes, avx512_bytes_linear, avx512_decode,
+    avx512_gemm, avx512_linear, avx512_pairs_linear, crossover, gated, portable, softmax,
 };
 use crate::codebook::{BOUNDARIES, LEVELS};
 use crate::quantize::SMALLEST_ABSMAX;
@@ -91,11 +91,11 @@ pub(super) const INTERLEAVE: Interleave = |even, odd, out| unsafe { avx512_gemm:
 
 /// Few rows in fixed point, where there are products and permutes of bytes.
 pub(super) const FEW_ROWS_BYTES: FewRowsFixed<ByteStep> = FewRowsFixed {
-    most: avx512_fixed_linear::MOST_TOKENS,
+    most: avx512_bytes_linear::MOST_TOKENS,
     // SAFETY: as above, with avx512vnni and avx512vbmi.
-    prepare: |x, tolerance, out| unsafe { avx512_fixed::prepare(x, tolerance, out) },
+    prepare: |x, tolerance, out| unsafe { avx512_bytes::prepare(x, tolerance, out) },
     // SAFETY: as above, with avx512vnni and avx512vbmi.
-    linear: |x, strip, out| unsafe { avx512_fixed_linear::linear(x, strip, out) },
+    linear: |x, strip, out| unsafe { avx512_bytes_linear::linear(x, strip, out) },
 };
 
 /// More rows, where words are multiplied and added too.
@@ -104,7 +104,7 @@ const FEW_ROWS_PAIRS: FewRowsFixed<PairStep> = FewRowsFixed {
     // SAFETY: as above, and AVX2 is part of AVX-512.
     prepare: |x, tolerance, out| unsafe { avx2_fixed::prepare_pairs(x, tolerance, out) },
     // SAFETY: as above, with avx512vnni and avx512vbmi.
-    linear: |x, strip, out| unsafe { avx512_pairs::linear(x, strip, out) },
+    linear: |x, strip, out| unsafe { avx512_pairs_linear::linear(x, strip, out) },
 };
 
 /// [`KERNELS`] with products of bytes and words.

@@ -41,7 +41,7 @@ use std::ops::AddAssign;
 pub(super) const UNIT_SIZE: usize = 64;
 
 /// The largest q as bytes: both are 127.
-pub(super) const LARGEST: u32 = 0x7f7f;
+pub(super) const LARGEST_BYTES: u32 = 0x7f7f;
 
 /// The largest q as a word: eight products with the largest level fit 32 bits.
 pub(super) const LARGEST_WORD: u32 = 0x3fff;
@@ -80,10 +80,10 @@ pub(super) const fn word(code: usize, scale: f32) -> i16 {
     (scaled + if scaled < 0.0 { -0.5 } else { 0.5 }) as i16
 }
 
-/// S. Of all whole numbers that make v's mean what v is for zero (to one, with codes as frequent as
+/// S of bytes: of all whole numbers that make v's mean what v is for zero (to one, with codes as frequent as
 /// normally distributed weights have them in blocks of 64), that with which v differs least from it:
 /// 0.0020 S, root mean square.
-pub(super) const LEVEL_SCALE: f32 = 29058.0;
+pub(super) const BYTE_SCALE: f32 = 29058.0;
 
 /// v of the level zero.
 pub(super) const ZERO_LOW: f32 = level(ZERO_CODE as usize).to_be_bytes()[1] as f32;
@@ -105,7 +105,7 @@ pub(super) static LEVEL_BYTES: [[u8; 64]; 2] = {
 
 /// U of a code's level, rounded to nearest.
 pub(super) const fn level(code: usize) -> u16 {
-    ((LEVELS[code] as f64 + 1.0) * LEVEL_SCALE as f64 + 0.5) as u16
+    ((LEVELS[code] as f64 + 1.0) * BYTE_SCALE as f64 + 0.5) as u16
 }
 
 /// 128 activations as bytes. Byte i of as many codes holds weights 2i (high nibble) and 2i + 1.

@@ -1,6 +1,8 @@
 //! Fixed point: what is refused, what is kept, and products to be equal to.
 
-use super::fixed::{ByteStep, LARGEST, LARGEST_WORD, LEVEL_SCALE, UNIT_SIZE, WORD_SCALE, WordStep, ZERO_LOW};
+use super::fixed::{
+    BYTE_SCALE, ByteStep, LARGEST_BYTES, LARGEST_WORD, UNIT_SIZE, WORD_SCALE, WordStep, ZERO_LOW,
+};
 use super::fixed::{LARGEST_SUM, PAIR_SCALE, PairStep, level, word};
 use super::{ABSMAX_PADDING, FewRowsFixed, PREPARED_MULTIPLE, Strip, available};
 use crate::codebook::LEVELS;
@@ -27,15 +29,15 @@ impl Step for ByteStep {
     }
 
     fn unit(&self, k: usize) -> f64 {
-        f64::from(self.unit[k / 8]) / 256.0 * f64::from(LEVEL_SCALE)
+        f64::from(self.unit[k / 8]) / 256.0 * f64::from(BYTE_SCALE)
     }
 
     fn terms(&self, k: usize, code: usize) -> [f64; 4] {
         let q = f64::from(self.integer(k));
         let low = f64::from(self.low[1 - k % 2][k / 2]);
         let [u, v] = level(code).to_be_bytes().map(f64::from);
-        let terms = [(256.0 * u + v) * q, -v * low, f64::from(ZERO_LOW) * low, -f64::from(LEVEL_SCALE) * q];
-        terms.map(|term| term / f64::from(LEVEL_SCALE))
+        let terms = [(256.0 * u + v) * q, -v * low, f64::from(ZERO_LOW) * low, -f64::from(BYTE_SCALE) * q];
+        terms.map(|term| term / f64::from(BYTE_SCALE))
     }
 }
 
@@ -133,7 +135,7 @@ pub(super) fn check_products<S: Step>(
 #[test]
 fn levels_are_rounded_to_nearest_and_zero_is_exact() {
     for (code, exact) in LEVELS.iter().enumerate() {
-        let scaled = (f64::from(*exact) + 1.0) * f64::from(LEVEL_SCALE);
+        let scaled = (f64::from(*exact) + 1.0) * f64::from(BYTE_SCALE);
         assert!((f64::from(level(code)) - scaled).abs() <= 0.5, "{code}");
     }
     assert_eq!(level(7) % 256, ZERO_LOW as u16);
@@ -156,7 +158,7 @@ proptest! {
         for path in available() {
             // The unit that a unit's activations need, by the largest one and the sum of all.
             if let Some(few) = path.few_rows_bytes {
-                check_rounding(&few, &x, |largest, _| largest / f64::from(LARGEST))?;
+                check_rounding(&few, &x, |largest, _| largest / f64::from(LARGEST_BYTES))?;
             }
             if let Some(few) = path.few_rows_words {
                 check_rounding(&few, &x, |largest, _| largest / f64::from(LARGEST_WORD))?;
@@ -262,7 +264,7 @@ fn the_largest_sums_fit() {
         let strip = Strip { codes: &codes, absmax: &absmax, columns, block_size: 64, tokens: 1 };
         for path in available() {
             let row = |largest: u32| vec![x * largest as f32; columns];
-            check_products(path.name, path.few_rows_bytes, &row(LARGEST), &strip, 1).expect(path.name);
+            check_products(path.name, path.few_rows_bytes, &row(LARGEST_BYTES), &strip, 1).expect(path.name);
             check_products(path.name, path.few_rows_words, &row(LARGEST_WORD), &strip, 1).expect(path.name);
             check_products(path.name, path.few_rows_pairs, &row(LARGEST_SUM / 64), &strip, 1)
                 .expect(path.name);

@@ -5,83 +5,18 @@
 //! bytes. One instruction multiplies 16 levels and adds neighbours. What the words are: `fixed.rs`.
 
 use super::avx2_fixed::WORDS;
-use super::avx2_linear::{STEP_BYTES, last_half, load, scale_of, sum_of_lanes};
+use super::avx2_linear::{Rows, STEP_BYTES, last_half, linear, load, scale_of, sum_of_lanes};
 use super::fixed::{LEVEL_WORDS, UNIT_SIZE, WordStep};
 use super::{FETCH_DISTANCE, PREPARED_MULTIPLE, Strip, fetch_ahead};
 use std::arch::x86_64::*;
 
-/// Tokens that share a row's decoding.
-const MOST_TOKENS: usize = 8;
+linear!(linear, WordStep, PREPARED_MULTIPLE, times_words);
 
-/// As [`super::Kernels::linear_f32`]: products of four rows at a time with up to eight tokens at a time. A
-/// single token's activations are near without that: its rows go by one by one.
-#[target_feature(enable = "avx2,fma")]
-pub(super) fn linear(x: &[WordStep], strip: &Strip<'_>, out: &mut [f32]) {
-    let rows = out.len() / strip.tokens;
-    assert!(out.len() == rows * strip.tokens);
-    strip.check(x.len() * PREPARED_MULTIPLE, rows, 32);
-    let mut row = 0;
-    while row < rows {
-        let out = &mut out[row * strip.tokens..];
-        row += if strip.tokens > 1 && rows - row >= 4 {
-            rows_times_tokens::<4>(x, strip, row, out)
-        } else {
-            rows_times_tokens::<1>(x, strip, row, out)
-        };
-    }
-}
-
-/// `R` rows from `row` on times all tokens; returns R.
-#[inline]
-#[target_feature(enable = "avx2,fma")]
-fn rows_times_tokens<const R: usize>(
-    x: &[WordStep],
-    strip: &Strip<'_>,
-    row: usize,
-    out: &mut [f32],
-) -> usize {
-    let tile = Tile::<R>::new(strip, row);
-    let (tokens, steps) = (strip.tokens, x.len() / strip.tokens);
-    // Each group decodes the rows anew: as few as can be, and none of them small.
-    let most = tokens.div_ceil(tokens.div_ceil(MOST_TOKENS));
-    for first in (0..tokens).step_by(most) {
-        let (x, out) = (&x[first * steps..], &mut out[first..]);
-        match most.min(tokens - first) {
-            1 => tile.times::<1>(x, steps, tokens, out),
-            2 => tile.times::<2>(x, steps, tokens, out),
-            3 => tile.times::<3>(x, steps, tokens, out),
-            4 => tile.times::<4>(x, steps, tokens, out),
-            5 => tile.times::<5>(x, steps, tokens, out),
-            6 => tile.times::<6>(x, steps, tokens, out),
-            7 => tile.times::<7>(x, steps, tokens, out),
-            _ => tile.times::<MOST_TOKENS>(x, steps, tokens, out),
-        }
-    }
-    R
-}
-
-/// Rows of W that go by together.
-struct Tile<'a, const R: usize> {
-    codes: [&'a [u8]; R],
-    absmax: [&'a [f32]; R],
-    block_size: usize,
-}
-
-impl<'a, const R: usize> Tile<'a, R> {
-    /// Rows from `row` on.
-    fn new(strip: &Strip<'a>, row: usize) -> Self {
-        let (bytes, blocks) = (strip.columns / 2, strip.blocks());
-        Self {
-            codes: std::array::from_fn(|r| &strip.codes[(row + r) * bytes..][..bytes]),
-            absmax: std::array::from_fn(|r| &strip.absmax[(row + r) * blocks..][..blocks]),
-            block_size: strip.block_size,
-        }
-    }
-
+impl<const R: usize> Rows<'_, R> {
     /// Each row's product with each of `M` tokens: `out[row * stride + token]`.
     #[inline]
     #[target_feature(enable = "avx2,fma")]
-    fn times<const M: usize>(&self, x: &[WordStep], steps: usize, stride: usize, out: &mut [f32]) {
+    fn times_words<const M: usize>(&self, x: &[WordStep], steps: usize, stride: usize, out: &mut [f32]) {
         let levels = Levels::new();
         let x: [&[WordStep]; M] = std::array::from_fn(|m| &x[m * steps..][..steps]);
         let shift = self.block_size.trailing_zeros() - 5;

@@ -1,7 +1,7 @@
 //! AVX-512 with byte products: activations brought into fixed point (`fixed.rs`).
 
 use super::PREPARED_MULTIPLE;
-use super::fixed::{ByteStep, EXPONENTS, LARGEST, LEVEL_SCALE, LOW_ERROR, Loss, UNIT_SIZE, ZERO_LOW};
+use super::fixed::{BYTE_SCALE, ByteStep, EXPONENTS, LARGEST_BYTES, LOW_ERROR, Loss, UNIT_SIZE, ZERO_LOW};
 use super::fixed::{prepare_steps, unit_exponent};
 use std::arch::x86_64::*;
 
@@ -24,7 +24,7 @@ fn prepare_step(step: &[f32; PREPARED_MULTIPLE], out: &mut ByteStep) -> Loss {
         let sizes = values.map(|value| _mm512_abs_ps(value));
         let pairs = [_mm512_max_ps(sizes[0], sizes[1]), _mm512_max_ps(sizes[2], sizes[3])];
         let largest = _mm512_reduce_max_ps(_mm512_max_ps(pairs[0], pairs[1]));
-        let exponent = unit_exponent::<LARGEST>(largest.to_bits());
+        let exponent = unit_exponent::<LARGEST_BYTES>(largest.to_bits());
         let (unit, inverse) = (f32::from_bits(exponent << 23), f32::from_bits((254 - exponent) << 23));
         let scaled = values.map(|value| _mm512_mul_ps(value, _mm512_set1_ps(inverse)));
         let integers = scaled.map(|value| _mm512_cvtps_epi32(value));
@@ -95,7 +95,7 @@ fn store_bytes(integers: &[__m512i; 4], half: usize, out: &mut ByteStep) {
 #[target_feature(enable = "avx512f,avx512vnni")]
 fn finish(units: [f32; 2], out: &mut ByteStep) {
     let units = _mm512_mask_blend_ps(0xff00, _mm512_set1_ps(units[0]), _mm512_set1_ps(units[1]));
-    let units = _mm512_mul_ps(units, _mm512_set1_ps(1.0 / LEVEL_SCALE));
+    let units = _mm512_mul_ps(units, _mm512_set1_ps(1.0 / BYTE_SCALE));
     let sum = |bytes: &[[i8; 64]; 2]| {
         let ones = _mm512_set1_epi8(1);
         // SAFETY: each array holds the 64 bytes that are read.
@@ -104,8 +104,8 @@ fn finish(units: [f32; 2], out: &mut ByteStep) {
     };
     let (high, low) = (_mm512_cvtepi32_ps(sum(&out.high)), _mm512_cvtepi32_ps(sum(&out.low)));
     // v low - S (256 high + low)
-    let offset = _mm512_mul_ps(low, _mm512_set1_ps(ZERO_LOW - LEVEL_SCALE));
-    let offset = _mm512_fmadd_ps(high, _mm512_set1_ps(-256.0 * LEVEL_SCALE), offset);
+    let offset = _mm512_mul_ps(low, _mm512_set1_ps(ZERO_LOW - BYTE_SCALE));
+    let offset = _mm512_fmadd_ps(high, _mm512_set1_ps(-256.0 * BYTE_SCALE), offset);
     // SAFETY: each array holds the 16 floats that are written.
     unsafe {
         _mm512_storeu_ps(out.unit.as_mut_ptr(), _mm512_mul_ps(units, _mm512_set1_ps(256.0)));

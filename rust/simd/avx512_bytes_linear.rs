@@ -10,7 +10,7 @@ use super::fixed::{ByteStep, LEVEL_BYTES};
 use super::{PREPARED_MULTIPLE, Strip};
 use std::arch::x86_64::*;
 
-/// With more tokens, pairs of words (`avx512_pairs.rs`) are faster: bytes cost each token ten instructions a
+/// With more tokens, pairs of words (`avx512_pairs_linear.rs`) are faster: bytes cost each token ten instructions a
 /// step and row, words fewer than five after those that tokens share.
 pub(super) const MOST_TOKENS: usize = 3;
 
