@@ -15,6 +15,7 @@ pub mod dense;
 pub mod factors;
 mod hidden;
 mod pack;
+pub mod pairs;
 mod scales;
 pub mod tile;
 

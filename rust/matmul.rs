@@ -48,6 +48,9 @@ pub fn write_blocks<T: Element>(
     hidden: &mut [T],
     threads: usize,
 ) -> Result<(), Error> {
+    if product.write_pairs(kernels, out, hidden, threads)? {
+        return Ok(());
+    }
     if in_bf16::<T>(kernels) {
         product.write::<bf16>(kernels, out, hidden, threads)
     } else {

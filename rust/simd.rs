@@ -18,6 +18,8 @@ mod avx2_gemm;
 #[cfg(target_arch = "x86_64")]
 mod avx2_linear;
 #[cfg(target_arch = "x86_64")]
+mod avx2_pairs_gemm;
+#[cfg(target_arch = "x86_64")]
 mod avx2_words_linear;
 #[cfg(target_arch = "x86_64")]
 mod avx512;
@@ -40,6 +42,8 @@ mod avx512_linear;
 #[cfg(target_arch = "x86_64")]
 mod avx512_many_tokens;
 #[cfg(target_arch = "x86_64")]
+mod avx512_pairs_gemm;
+#[cfg(target_arch = "x86_64")]
 mod avx512_pairs_linear;
 mod crossover;
 mod fixed;
@@ -49,12 +53,15 @@ pub mod portable;
 mod softmax;
 
 use crate::error::Error;
+#[cfg(doc)]
+use crate::gemm::pairs::factor;
+use crate::gemm::pairs::panel::MultiplyPairs;
 use crate::gemm::tile::{MultiplyBlock, PANEL, Tile};
 use crate::packed_matrix::NestedScales;
 use half::{bf16, f16};
 use std::sync::OnceLock;
 
-pub use fixed::{ByteStep, FewRowsFixed, PairStep, WordStep};
+pub use fixed::{ByteStep, FIXED_TOLERANCE, FewRowsFixed, PAIR_SCALE, PairStep, WordStep};
 
 /// Prepared activations and decoded scales for a strip of weight rows; see [`Kernels::linear_f32`].
 #[derive(Clone, Copy, Debug)]
@@ -151,6 +158,8 @@ pub struct Kernels {
     pub linear_f32: Linear<f32>,
     /// Products of panels of f32.
     pub panels_f32: PanelKernels,
+    /// Products of panels of 16-bit activations in fixed point, where this CPU multiplies words faster.
+    pub panels_pairs: Option<PairPanels>,
     /// Swap a tile's rows and columns.
     pub transpose: fn(&mut Tile),
     /// Four tiles of sums plus a bias per output → 32 tokens by 32 outputs.
@@ -202,6 +211,24 @@ pub struct PanelKernels {
     pub multiply: MultiplyBlock,
     /// Decoding straight into tiles; without it, weights go through a buffer.
     pub decode: Option<(DecodeLeft, DecodeRight)>,
+}
+
+/// Loops for panels of pairs of words; layout in `gemm/pairs/panel.rs`.
+#[derive(Clone, Copy, Debug)]
+pub struct PairPanels {
+    /// As [`FewRowsFixed::prepare`].
+    pub prepare: fn(x: &[f32], tolerance: f32, out: &mut [PairStep]) -> bool,
+    /// The product of two panels, summed as integers in each unit, in f32 over units.
+    pub multiply: MultiplyPairs,
+    /// A run of codes → row `row` of a left panel: words of their levels, [`PAIR_SCALE`] for 1.
+    pub decode_left: fn(codes: &[u8], row: usize, panel: &mut [Tile]),
+    /// Two runs of W → row `word` of right panels of `tiles` tiles each: words of weights, `PAIR_SCALE`
+    /// for 1, the first run's in the lower halves; no absmax may be above 1.
+    pub decode_right: fn(runs: &[Run<'_>; 2], word: usize, tiles: usize, panels: &mut [Tile]),
+    /// As [`factor::left`].
+    pub factor_left: fn(values: &[f32], row: usize, steps: usize, panel: &mut [Tile]),
+    /// As [`factor::right`].
+    pub factor_right: fn(values: &[f32], width: usize, steps: usize, panels: &mut [Tile]),
 }
 
 /// Loops for CPUs with a bf16 dot product.

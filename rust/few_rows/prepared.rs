@@ -5,13 +5,11 @@ use crate::element::Element;
 use crate::gemm::Product;
 use crate::memory::{Plain, Scratch};
 use crate::parallel;
-use crate::simd::{ByteStep, FewRowsBf16, FewRowsFixed, Kernels, PREPARED_MULTIPLE, PairStep, WordStep};
+use crate::simd::{
+    ByteStep, FIXED_TOLERANCE, FewRowsBf16, FewRowsFixed, Kernels, PREPARED_MULTIPLE, PairStep, WordStep,
+};
 use half::bf16;
 use std::sync::atomic::{AtomicBool, Ordering};
-
-/// What fixed point may lose, in units of the last place of activations and results: see
-/// [`FewRowsFixed::prepare`]. Rounding the results loses 0.29 (root mean square).
-const FIXED_TOLERANCE: f32 = 0.25;
 
 /// Activations that one thread alone brings into fixed point in less time than waking others takes.
 const FEW_ACTIVATIONS: usize = 1 << 14;

@@ -71,15 +71,26 @@ impl<T: Element> Product<'_, T> {
         }
         let mut rows = [[T::default(); PANEL]; PANEL];
         for (i, sums) in sums.as_chunks_mut::<4>().0.iter_mut().enumerate() {
-            for word in sums.iter_mut().flat_map(|tile| tile.0.as_flattened_mut()) {
-                *word = (f32::from_bits(*word) * low_rank.scaling).to_bits();
-            }
+            self.store_hidden(kernels, sums, low_rank.scaling, &mut rows);
             let (first, token) = (i / panels * PANEL, i % panels * PANEL);
-            T::finish(kernels, sums, self.weights_are_left(), &[0.0; PANEL], &mut rows);
             let width = (rank - first).min(PANEL);
             for (out, row) in hidden[token * rank..].chunks_exact_mut(rank).zip(&rows) {
                 out[first..first + width].copy_from_slice(&row[..width]);
             }
         }
+    }
+
+    /// Four tiles of sums → a PANEL x PANEL piece of `hidden`.
+    pub(super) fn store_hidden(
+        &self,
+        kernels: &Kernels,
+        sums: &mut [Tile; 4],
+        scaling: f32,
+        rows: &mut [[T; PANEL]; PANEL],
+    ) {
+        for word in sums.iter_mut().flat_map(|tile| tile.0.as_flattened_mut()) {
+            *word = (f32::from_bits(*word) * scaling).to_bits();
+        }
+        T::finish(kernels, sums, self.weights_are_left(), &[0.0; PANEL], rows);
     }
 }

@@ -1,6 +1,6 @@
 //! Operands → tiles: activations as they are, weights decoded on the way.
 
-use super::scales::{self, DecodedScales};
+use super::scales::{self, DecodedScales, RowScales};
 use super::tile::{self, PANEL, Packable, SIDE, Tile};
 use super::{BLOCK_OUTPUTS, Direction, Factor, MOST_STEPS, Product, Span};
 use crate::dequantize::dequantize_run;
@@ -12,7 +12,7 @@ use std::marker::PhantomData;
 use std::ops::Range;
 
 /// Weights of a row that are decoded at a time, at most.
-const LONGEST_RUN: usize = 640;
+pub(super) const LONGEST_RUN: usize = 640;
 const _: () = assert!(
     BLOCK_OUTPUTS <= LONGEST_RUN && MOST_STEPS * bf16::STEP <= LONGEST_RUN,
     "a run is as long as a block is wide or deep"
@@ -24,6 +24,48 @@ static ZERO_ABSMAX: [f32; LONGEST_RUN / 32] = [0.0; LONGEST_RUN / 32];
 
 /// Panels of activations that are packed by one task.
 const TASK_PANELS: usize = 4;
+
+/// Runs of some rows of W, to be asked for in order: each has what is needed soon brought nearer.
+pub(super) struct Runs<'a> {
+    /// From the first row's run on.
+    codes: &'a [u8],
+    scales: RowScales<'a>,
+    rows: usize,
+    /// Bytes from one run to the next.
+    stride: usize,
+    /// Bytes of a run.
+    length: usize,
+    /// Bytes from a run to what is needed after all of these, if anything is.
+    ahead: Option<usize>,
+}
+
+impl<'a> Runs<'a> {
+    /// Row `i`; zeros past the last one.
+    pub(super) fn of(&self, i: usize) -> Run<'a> {
+        let (piece, length, from) = (self.scales.piece, self.length, i * self.stride);
+        if i >= self.rows {
+            let (codes, absmax) = (&ZERO_CODES[..length], &ZERO_ABSMAX[..2 * length / piece]);
+            return Run { codes, absmax, block_size: piece };
+        }
+        if let Some(ahead) = self.ahead {
+            fetch_next(&self.codes[from + ahead..][..length]);
+        }
+        if i + 16 < self.rows {
+            fetch_next(&self.codes[from + 16 * self.stride..][..length]);
+        }
+        Run { codes: &self.codes[from..][..length], absmax: self.scales.row(i), block_size: piece }
+    }
+
+    /// The absmax of row `i`.
+    pub(super) fn absmax(&self, i: usize) -> &'a [f32] {
+        self.scales.row(i)
+    }
+
+    /// Weights that share an absmax.
+    pub(super) fn block_size(&self) -> usize {
+        self.scales.piece
+    }
+}
 
 /// Packed activations: for each span its panels, one after another. (Panels a power of two apart
 /// would share cache sets.)
@@ -181,11 +223,37 @@ impl<T: Element> Product<'_, T> {
         span: &Span,
         panels: &mut [Tile],
     ) -> bool {
-        let depth = &span.depth;
         let Some((left, right)) = C::panels(kernels).and_then(|loops| loops.decode) else { return false };
-        let (rows, run) = if self.weights_are_left() { (outputs, depth) } else { (depth, outputs) };
-        let Some(scales) = scales.of(rows, run) else { return false };
+        let Some(runs) = self.runs(scales, outputs, &span.depth) else { return false };
         let (depth_steps, steps) = (span.depth_steps::<C>(), span.steps::<C>());
+        if self.weights_are_left() {
+            for i in 0..outputs.len() {
+                left(&runs.of(i), i % PANEL, &mut panels[i / PANEL * steps * 2..][..depth_steps * 2]);
+            }
+        } else {
+            // A word's worth of rows at a time: one of f32, two of bf16. Words past the last row
+            // must hold zeros.
+            for word in 0..depth_steps * SIDE {
+                let first = runs.of(word * C::PER_WORD);
+                if C::PER_WORD == 1 {
+                    right(&[first], word, steps, panels);
+                } else {
+                    right(&[first, runs.of(word * C::PER_WORD + 1)], word, steps, panels);
+                }
+            }
+        }
+        true
+    }
+
+    /// The weights of some outputs and of `depth`, as runs of rows of W; `None` where their scales are not at hand.
+    pub(super) fn runs<'a>(
+        &'a self,
+        scales: &'a DecodedScales,
+        outputs: &Range<usize>,
+        depth: &Range<usize>,
+    ) -> Option<Runs<'a>> {
+        let (rows, run) = if self.weights_are_left() { (outputs, depth) } else { (depth, outputs) };
+        let scales = scales.of(rows, run)?;
         let columns = self.matrix.columns();
         // The run's codes in the rows from the first one on, and where what is decoded next begins: the next
         // span of the same rows, or the same columns of later rows.
@@ -200,37 +268,7 @@ impl<T: Element> Product<'_, T> {
             // Nobody asked for the first span in advance.
             (0..rows.len()).for_each(|i| fetch_next(&codes[i * stride..][..length]));
         }
-        let run_of = |i: usize| {
-            let (piece, from) = (scales.piece, i * stride);
-            if i >= rows.len() {
-                let (codes, absmax) = (&ZERO_CODES[..length], &ZERO_ABSMAX[..run.len() / piece]);
-                return Run { codes, absmax, block_size: piece };
-            }
-            if let Some(ahead) = ahead {
-                fetch_next(&codes[from + ahead..][..length]);
-            }
-            if i + 16 < rows.len() {
-                fetch_next(&codes[from + 16 * stride..][..length]);
-            }
-            Run { codes: &codes[from..][..length], absmax: scales.row(i), block_size: piece }
-        };
-        if self.weights_are_left() {
-            for i in 0..rows.len() {
-                left(&run_of(i), i % PANEL, &mut panels[i / PANEL * steps * 2..][..depth_steps * 2]);
-            }
-        } else {
-            // A word's worth of rows at a time: one of f32, two of bf16. Words past the last row
-            // must hold zeros.
-            for word in 0..depth_steps * SIDE {
-                let first = run_of(word * C::PER_WORD);
-                if C::PER_WORD == 1 {
-                    right(&[first], word, steps, panels);
-                } else {
-                    right(&[first, run_of(word * C::PER_WORD + 1)], word, steps, panels);
-                }
-            }
-        }
-        true
+        Some(Runs { codes, scales, rows: rows.len(), stride, length, ahead })
     }
 
     /// A factor of the low-rank part, which is dense, to steps `steps` of panels.

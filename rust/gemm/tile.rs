@@ -134,7 +134,7 @@ impl Block<'_> {
 /// [`Block::for_each_group`] for rows and columns of sums, and the tiles from the sums of one left panel
 /// to those of the next, and from those of one right panel to those of the next.
 #[inline(always)]
-fn groups<'a>(
+pub(super) fn groups<'a>(
     left: impl Iterator<Item = &'a [Tile]> + Clone,
     mut right: impl Iterator<Item = &'a [Tile]>,
     (rows, columns): (usize, usize),

@@ -4,8 +4,8 @@
 //! All functions here are reached through [`KERNELS`] alone, and [`detect`] hands that table out
 //! only where the CPU has the features: that is the argument of every `unsafe` call below.
 
-use super::{FewRowsFixed, Kernels, PanelKernels, crossover, gated, portable, softmax};
-use super::{avx2_decode, avx2_fixed, avx2_gemm, avx2_linear, avx2_words_linear};
+use super::{FewRowsFixed, Kernels, PairPanels, PanelKernels, crossover, gated, portable, softmax};
+use super::{avx2_decode, avx2_fixed, avx2_gemm, avx2_linear, avx2_pairs_gemm, avx2_words_linear};
 use crate::codebook::BOUNDARIES;
 use crate::packed_matrix::NestedScales;
 use crate::quantize::SMALLEST_ABSMAX;
@@ -61,6 +61,26 @@ static KERNELS: Kernels = Kernels {
             |runs, word, steps, tiles| unsafe { avx2_decode::right_f32(runs, word, steps, tiles) },
         )),
     },
+    panels_pairs: Some(PairPanels {
+        // SAFETY: as above.
+        prepare: |x, tolerance, out| unsafe { avx2_fixed::prepare_pairs(x, tolerance, out) },
+        // SAFETY: as above.
+        multiply: |block, sums| unsafe { avx2_pairs_gemm::multiply(block, sums) },
+        // SAFETY: as above.
+        decode_left: |codes, row, panel| unsafe { avx2_pairs_gemm::left(codes, row, panel) },
+        // SAFETY: as above.
+        decode_right: |runs, word, tiles, panels| unsafe {
+            avx2_pairs_gemm::right(runs, word, tiles, panels);
+        },
+        // SAFETY: as above.
+        factor_left: |values, row, steps, panel| unsafe {
+            avx2_fixed::factor_left(values, row, steps, panel);
+        },
+        // SAFETY: as above.
+        factor_right: |values, width, steps, panels| unsafe {
+            avx2_fixed::factor_right(values, width, steps, panels);
+        },
+    }),
     // SAFETY: as above.
     transpose: |tile| unsafe { avx2_gemm::transpose(tile) },
     // SAFETY: as above.

@@ -4,6 +4,8 @@ use super::PREPARED_MULTIPLE;
 use super::avx2_linear::sum_of_lanes;
 use super::fixed::{EXPONENTS, LARGEST_SUM, LARGEST_WORD, PAIR_SCALE, UNIT_SIZE, WORD_SCALE};
 use super::fixed::{Loss, PairStep, WordStep, prepare_steps, unit_exponent};
+use crate::gemm::pairs::factor;
+use crate::gemm::tile::Tile;
 use std::arch::x86_64::*;
 
 /// Words of a vector.
@@ -53,6 +55,18 @@ fn prepare_pair_step(step: &[f32; PREPARED_MULTIPLE], out: &mut PairStep) -> Los
         loss += of_unit;
     }
     loss
+}
+
+/// See [`super::PairPanels`].
+#[target_feature(enable = "avx2,fma")]
+pub(super) fn factor_left(values: &[f32], row: usize, steps: usize, panel: &mut [Tile]) {
+    factor::left(values, row, steps, panel);
+}
+
+/// See [`super::PairPanels`].
+#[target_feature(enable = "avx2,fma")]
+pub(super) fn factor_right(values: &[f32], width: usize, steps: usize, panels: &mut [Tile]) {
+    factor::right(values, width, steps, panels);
 }
 
 /// A unit, 64 activations as multiples of it, and what that loses. `SUMMED`: whether all their products are

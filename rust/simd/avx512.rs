@@ -3,10 +3,12 @@
 //! All functions here are reached through [`KERNELS`] alone, and [`detect`] hands that table out
 //! only where the CPU has the features: that is the argument of every `unsafe` call below.
 
-use super::{Bf16Kernels, ByteStep, FewRowsBf16, FewRowsFixed, Interleave, Kernels, PairStep, PanelKernels};
+use super::{
+    Bf16Kernels, ByteStep, FewRowsBf16, FewRowsFixed, Interleave, Kernels, PairPanels, PairStep, PanelKernels,
+};
 use super::{
     avx2_fixed, avx512_absmax, avx512_bf16_linear, avx512_bytes, avx512_bytes_linear, avx512_decode,
-    avx512_gemm, avx512_linear, avx512_pairs_linear, crossover, gated, portable, softmax,
+    avx512_gemm, avx512_linear, avx512_pairs_gemm, avx512_pairs_linear, crossover, gated, portable, softmax,
 };
 use crate::codebook::{BOUNDARIES, LEVELS};
 use crate::quantize::SMALLEST_ABSMAX;
@@ -62,6 +64,7 @@ static KERNELS: Kernels = Kernels {
             |runs, word, steps, panels| unsafe { avx512_decode::right_f32(runs, word, steps, panels) },
         )),
     },
+    panels_pairs: None,
     // SAFETY: as above.
     transpose: |tile| unsafe { avx512_gemm::transpose(tile) },
     // SAFETY: as above.
@@ -107,6 +110,23 @@ const FEW_ROWS_PAIRS: FewRowsFixed<PairStep> = FewRowsFixed {
     linear: |x, strip, out| unsafe { avx512_pairs_linear::linear(x, strip, out) },
 };
 
+/// Many rows, where words are multiplied and added.
+const PANELS_PAIRS: PairPanels = PairPanels {
+    prepare: FEW_ROWS_PAIRS.prepare,
+    // SAFETY: as above, with avx512vnni.
+    multiply: |block, sums| unsafe { avx512_pairs_gemm::multiply(block, sums) },
+    // SAFETY: as above.
+    decode_left: |codes, row, panel| unsafe { avx512_pairs_gemm::left(codes, row, panel) },
+    // SAFETY: as above.
+    decode_right: |runs, word, tiles, panels| unsafe { avx512_pairs_gemm::right(runs, word, tiles, panels) },
+    // SAFETY: as above, and AVX2 is part of AVX-512.
+    factor_left: |values, row, steps, panel| unsafe { avx2_fixed::factor_left(values, row, steps, panel) },
+    // SAFETY: as above, and AVX2 is part of AVX-512.
+    factor_right: |values, width, steps, panels| unsafe {
+        avx2_fixed::factor_right(values, width, steps, panels);
+    },
+};
+
 /// [`KERNELS`] with products of bytes and words.
 static KERNELS_WITH_VNNI: Kernels = Kernels {
     name: "avx512_vnni",
@@ -115,6 +135,7 @@ static KERNELS_WITH_VNNI: Kernels = Kernels {
     few_rows: crossover::AVX512_VNNI,
     few_rows_bytes: Some(FEW_ROWS_BYTES),
     few_rows_pairs: Some(FEW_ROWS_PAIRS),
+    panels_pairs: Some(PANELS_PAIRS),
     ..KERNELS
 };
 

@@ -30,7 +30,7 @@ static SPREAD_F32: [[u8; 64]; 2] = {
     }
     [first, second]
 };
-static SPREAD_BF16: [u8; 64] = spread::<2>();
+pub(super) static SPREAD_BF16: [u8; 64] = spread::<2>();
 
 /// Two rows' bytes alternate by eights: word i is (first row's weight i, second row's weight i).
 static SPREAD_PAIRS: [u8; 64] = {
@@ -46,14 +46,14 @@ static SPREAD_PAIRS: [u8; 64] = {
 
 #[inline]
 #[target_feature(enable = "avx512f")]
-fn load(bytes: &[u8; 64]) -> __m512i {
+pub(super) fn load(bytes: &[u8; 64]) -> __m512i {
     // SAFETY: the array holds the 64 bytes that are read.
     unsafe { _mm512_loadu_si512(bytes.as_ptr().cast()) }
 }
 
 #[inline]
 #[target_feature(enable = "avx512f")]
-fn levels() -> __m512 {
+pub(super) fn levels() -> __m512 {
     // SAFETY: the array holds the 16 floats that are read.
     unsafe { _mm512_loadu_ps(LEVELS.as_ptr()) }
 }
@@ -69,11 +69,11 @@ fn bf16_tables(levels: __m512, low: f32, high: f32) -> __m512i {
     unsafe { std::mem::transmute::<__m512bh, __m512i>(_mm512_cvtne2ps_pbh(high, low)) }
 }
 
-/// The 32 weights of 16 bytes. The permute looks at five bits, the last of which may be anything:
+/// The 32 values of 16 bits for the codes of 16 bytes. The permute looks at five bits, the last of which may be anything:
 /// the table holds its levels twice.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw")]
-fn decode_bf16(codes: &[u8; 16], spread: __m512i, table: __m512i) -> __m512i {
+pub(super) fn decode_bf16(codes: &[u8; 16], spread: __m512i, table: __m512i) -> __m512i {
     // SAFETY: the array holds the 16 bytes that are read.
     let bytes = _mm512_broadcast_i32x4(unsafe { _mm_loadu_si128(codes.as_ptr().cast()) });
     let index = _mm512_srlv_epi16(_mm512_shuffle_epi8(bytes, spread), _mm512_set1_epi32(4));
@@ -127,12 +127,8 @@ pub(super) fn left_f32(run: &Run<'_>, row: usize, tiles: &mut [Tile]) {
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512bf16")]
 pub(super) fn right_bf16(runs: &[Run<'_>], word: usize, steps: usize, tiles: &mut [Tile]) {
     let [even, odd] = runs else { return };
-    let (levels, spread) = (levels(), load(&SPREAD_PAIRS));
+    let levels = levels();
     let (step, row) = (word / SIDE * 2, word % SIDE);
-    // Four weights to a quarter, their shifts: 4, 4 (both rows), 0, 0.
-    let shifts = _mm512_set1_epi64(0x4_0004);
-    // Odd lanes belong to the second row, whose levels fill the upper half of the table.
-    let (second, nibble) = (_mm512_set1_epi32(16 << 16), _mm512_set1_epi16(15));
     let mut panels = tiles.chunks_exact_mut(steps * 2);
     let bytes = even.block_size / 2;
     let blocks = even.codes.chunks_exact(bytes).zip(even.absmax);
@@ -142,13 +138,7 @@ pub(super) fn right_bf16(runs: &[Run<'_>], word: usize, steps: usize, tiles: &mu
         let table = bf16_tables(levels, *absmax, *odd_absmax);
         let pairs = codes.as_chunks::<16>().0.iter().zip(odd_codes.as_chunks::<16>().0);
         for ((codes, odd_codes), panel) in pairs.zip(&mut panels) {
-            let halves = codes.as_chunks::<8>().0.iter().zip(odd_codes.as_chunks::<8>().0);
-            for (half, (codes, odd_codes)) in halves.enumerate() {
-                let even = _mm512_set1_epi64(i64::from_le_bytes(*codes));
-                let both = _mm512_mask_set1_epi64(even, 0b1010_1010, i64::from_le_bytes(*odd_codes));
-                let index = _mm512_srlv_epi16(_mm512_shuffle_epi8(both, spread), shifts);
-                // second | (index & 15)
-                let index = _mm512_ternarylogic_epi64::<0xF8>(second, index, nibble);
+            for (half, index) in pair_indices(codes, odd_codes).into_iter().enumerate() {
                 let weights = _mm512_permutexvar_epi16(index, table);
                 let out = panel[step + half].0[row].as_mut_ptr();
                 // SAFETY: a tile's row is 64 bytes.
@@ -156,6 +146,26 @@ pub(super) fn right_bf16(runs: &[Run<'_>], word: usize, steps: usize, tiles: &mu
             }
         }
     }
+}
+
+/// Of two rows' 32 weights each, the indices into a table of both rows' levels, the first row's below: word i
+/// of a vector is (first row's weight i, second row's weight i).
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq")]
+pub(super) fn pair_indices(codes: &[u8; 16], odd_codes: &[u8; 16]) -> [__m512i; 2] {
+    let spread = load(&SPREAD_PAIRS);
+    // Four weights to a quarter, their shifts: 4, 4 (both rows), 0, 0.
+    let shifts = _mm512_set1_epi64(0x4_0004);
+    // Odd lanes belong to the second row, whose levels fill the upper half of the table.
+    let (second, nibble) = (_mm512_set1_epi32(16 << 16), _mm512_set1_epi16(15));
+    std::array::from_fn(|half| {
+        let [codes, odd_codes] = [codes, odd_codes].map(|codes| codes.as_chunks::<8>().0[half]);
+        let even = _mm512_set1_epi64(i64::from_le_bytes(codes));
+        let both = _mm512_mask_set1_epi64(even, 0b1010_1010, i64::from_le_bytes(odd_codes));
+        let index = _mm512_srlv_epi16(_mm512_shuffle_epi8(both, spread), shifts);
+        // second | (index & 15)
+        _mm512_ternarylogic_epi64::<0xF8>(second, index, nibble)
+    })
 }
 
 /// One row of W → row `word` of right panels of `steps` steps.

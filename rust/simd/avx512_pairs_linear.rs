@@ -170,7 +170,7 @@ impl<'a, const TAIL: bool> RowTile<'a, TAIL> {
 /// next; but there are as many such ways as tokens, and time is what instructions take.
 #[inline]
 #[target_feature(enable = "avx512f,avx512vnni")]
-fn multiply_add(sums: &mut __m512i, a: __m512i, b: __m512i) {
+pub(super) fn multiply_add(sums: &mut __m512i, a: __m512i, b: __m512i) {
     // SAFETY: one instruction, which the features include, on registers alone.
     unsafe {
         std::arch::asm!(

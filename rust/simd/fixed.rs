@@ -37,6 +37,10 @@ use crate::codebook::{LEVELS, ZERO_CODE};
 use crate::memory::Plain;
 use std::ops::AddAssign;
 
+/// What fixed point may lose, in units of the last place of activations and results: see
+/// [`FewRowsFixed::prepare`]. Rounding the results loses 0.29 (root mean square).
+pub const FIXED_TOLERANCE: f32 = 0.25;
+
 /// Activations that share a unit.
 pub(super) const UNIT_SIZE: usize = 64;
 
@@ -52,7 +56,7 @@ const _: () = assert!(8 * LARGEST_WORD as u64 * WORD_SCALE as u64 <= i32::MAX as
 pub(super) const WORD_SCALE: f32 = 15684.0;
 
 /// S where a whole unit's products are summed in one lane: the same for whole numbers up to 2^13.
-pub(super) const PAIR_SCALE: f32 = 7854.0;
+pub const PAIR_SCALE: f32 = 7854.0;
 
 /// What the sizes of a unit's q may add up to there, so that its products fit 32 bits. Rounding each to
 /// nearest, and their sum as f32, is allowed for.
@@ -63,6 +67,17 @@ const _: () = assert!((LARGEST_SUM + UNIT_SIZE as u32) as u64 * PAIR_SCALE as u6
 /// The low bytes, then the high ones, of S L of each level.
 pub(super) static LEVEL_WORDS: [[u8; 16]; 2] = word_bytes(WORD_SCALE);
 pub(super) static LEVEL_PAIRS: [[u8; 16]; 2] = word_bytes(PAIR_SCALE);
+
+/// S L of each level where a whole unit's products are summed in one lane.
+pub(super) static PAIR_WORDS: [i16; 16] = {
+    let mut words = [0; 16];
+    let mut i = 0;
+    while i < 16 {
+        words[i] = word(i, PAIR_SCALE);
+        i += 1;
+    }
+    words
+};
 
 const fn word_bytes(scale: f32) -> [[u8; 16]; 2] {
     let mut bytes = [[0; 16]; 2];
@@ -137,9 +152,9 @@ pub struct WordStep {
 #[repr(C, align(64))]
 pub struct PairStep {
     /// Two activations each, the first one in the lower half.
-    pub(super) pairs: [i32; PREPARED_MULTIPLE / 2],
+    pub(crate) pairs: [i32; PREPARED_MULTIPLE / 2],
     /// For each eight activations: what their sums are multiplied by.
-    pub(super) unit: [f32; 16],
+    pub(crate) unit: [f32; 16],
 }
 
 // SAFETY: integers and floats, no padding; tiles are aligned to cache lines too.
@@ -161,7 +176,7 @@ pub struct FewRowsFixed<Step> {
     /// square) may be `tolerance` of the row's size, for which the few largest activations of each unit
     /// do not count: weights of zero may hide those, and what is left should be right even then. (Units that
     /// are small beside the others count little, as they do in the results unless weights are zero for all
-    /// others.)
+    /// others.) With an infinite tolerance, nothing is refused but what is not finite or too large for a unit.
     pub prepare: fn(x: &[f32], tolerance: f32, out: &mut [Step]) -> bool,
     /// As [`super::Kernels::linear_f32`], for up to `most` rows, one after the other.
     pub linear: Linear<Step>,
@@ -186,7 +201,9 @@ impl AddAssign for Loss {
 impl Loss {
     /// Whether the errors are within `tolerance` of the row's size: false too where one of them is NaN.
     pub(super) fn is_within(self, tolerance: f32) -> bool {
+        // An infinite tolerance is one even of nothing.
         self.error <= f64::from(tolerance).powi(2) * self.size
+            || tolerance == f32::INFINITY && self.error.is_finite()
     }
 }
 

@@ -44,6 +44,7 @@ pub static KERNELS: Kernels = Kernels {
         },
         decode: None,
     },
+    panels_pairs: None,
     transpose: Tile::transpose,
     finish_f32: finish,
     finish_bf16: finish,

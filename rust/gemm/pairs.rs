@@ -1,0 +1,279 @@
+//! Products of many rows of 16-bit activations with a packed matrix, in fixed point (`simd/fixed.rs`): on
+//! CPUs without fast products of bf16, those of words are twice as many per cycle as those of f32.
+//!
+//! The shape is that of `gemm.rs`, panels are made of pairs of words (`pairs/panel.rs`). Rows of activations
+//! that would lose too much are left out and computed in f32 afterwards, and so is each panel that has many
+//! of them; which those are depends on the rows alone, not on the number of threads.
+
+pub mod factor;
+mod hidden;
+mod pack;
+pub mod panel;
+
+use super::scales::{self, DecodedScales};
+use super::tile::BLOCK_STEPS;
+use super::tile::{PANEL, Tile};
+use super::{BYTES_PER_THREAD, MOST_TOKENS, Product, block_width};
+use crate::element::Element;
+use crate::error::Error;
+use crate::memory::{Scratch, advise_huge_pages};
+use crate::parallel::{self, ColumnRange, Columns};
+use crate::simd::{Kernels, PairPanels};
+use pack::{Packed, Task, WhichFactor::Second};
+use panel::PairBlock;
+use std::ops::Range;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+/// Rows of a panel that may be computed in f32 beside it; with more, all of the panel's rows are.
+const MOST_REFUSED: usize = PANEL / 4;
+
+/// What rows that are computed in f32, and their results, may take per thread.
+const REFUSED_BYTES: usize = 1 << 20;
+
+/// The summed dimension in pieces of whole units, of nearly one length and [`BLOCK_STEPS`] at most.
+fn cut(length: usize) -> Vec<Range<usize>> {
+    let units = length.div_ceil(panel::UNIT);
+    let pieces = units.div_ceil(BLOCK_STEPS / panel::UNIT_STEPS).max(1);
+    let piece = units.div_ceil(pieces).max(1) * panel::UNIT;
+    (0..length).step_by(piece).map(|start| start..length.min(start + piece)).collect()
+}
+
+/// Steps of a piece.
+fn steps(piece: &Range<usize>) -> usize {
+    piece.len().div_ceil(panel::STEP)
+}
+
+/// Tiles of a panel's pieces.
+fn tiles(pieces: &[Range<usize>]) -> usize {
+    pieces.iter().map(|piece| panel::tiles(steps(piece))).sum()
+}
+
+impl<T: Element> Product<'_, T> {
+    /// Write the product as [`Self::write`] does, from activations in fixed point. Returns false where that
+    /// cannot be done, what was written then being worth nothing: for this element type, on this CPU, for
+    /// blocks of 32 or rows that do not start with a block, or (backward) where the absmax of 64 rows of W
+    /// have little in common.
+    ///
+    /// # Errors
+    /// As [`Self::write`].
+    pub fn write_pairs(
+        &self,
+        kernels: &Kernels,
+        out: &mut [T],
+        hidden: &mut [T],
+        threads: usize,
+    ) -> Result<bool, Error> {
+        self.check(out.len(), hidden.len())?;
+        let (outputs, rank, depth, threads) = (self.outputs(), self.rank(), self.depth(), threads.max(1));
+        let fits = size_of::<T>() == 2 && self.matrix.block_size() >= 64 && self.matrix.rows_are_aligned();
+        let Some(pairs) = kernels.panels_pairs.as_ref().filter(|_| fits) else { return Ok(false) };
+        if self.tokens * outputs * depth == 0 {
+            return Ok(false);
+        }
+        let panel_bytes = tiles(&cut(depth)) * size_of::<Tile>();
+        let most = (BYTES_PER_THREAD * threads / panel_bytes).clamp(1, MOST_TOKENS / PANEL);
+        // Every pass decodes all weights: as few as memory allows, and none of them for a small rest.
+        let panels = self.tokens.div_ceil(PANEL);
+        let panels = panels.div_ceil(panels.div_ceil(most));
+        for first in (0..self.tokens).step_by(panels * PANEL) {
+            let tokens = first..self.tokens.min(first + panels * PANEL);
+            let out = &mut out[tokens.start * outputs..tokens.end * outputs];
+            let hidden = &mut hidden[tokens.start * rank..tokens.end * rank];
+            if !self.part(tokens).write_pass(kernels, pairs, out, hidden, threads)? {
+                return Ok(false);
+            }
+        }
+        Ok(true)
+    }
+
+    /// The product for some tokens.
+    fn part(&self, tokens: Range<usize>) -> Self {
+        let activations = &self.activations[tokens.start * self.depth()..tokens.end * self.depth()];
+        Self { activations, tokens: tokens.len(), ..*self }
+    }
+
+    /// The same for tokens few enough that they can be packed whole.
+    fn write_pass(
+        &self,
+        kernels: &Kernels,
+        pairs: &PairPanels,
+        out: &mut [T],
+        hidden: &mut [T],
+        threads: usize,
+    ) -> Result<bool, Error> {
+        advise_huge_pages(out);
+        let panels = self.tokens.div_ceil(PANEL);
+        let mut activations = Packed::new(cut(self.depth()), panels);
+        let mut low_rank = Packed::new(cut(self.rank()), panels);
+        let mut refused = vec![false; panels * PANEL];
+        let ranges = scales::ranges(self, threads);
+        let width = |range: &Range<usize>| block_width(range.len(), threads);
+        let mut scales = DecodedScales::new(self, ranges[0].clone(), width(&ranges[0]));
+        let uneven = AtomicBool::new(false);
+        let mut tasks: Vec<_> = scales.tasks().into_iter().map(Task::Scales).collect();
+        tasks.extend(activations.tasks(&mut refused));
+        parallel::for_each(tasks, threads, |task| self.do_task(kernels, pairs, task, &uneven));
+        let mut left = Vec::new();
+        for (panel, refused) in refused.chunks_exact_mut(PANEL).enumerate() {
+            if refused.iter().filter(|refused| **refused).count() <= MOST_REFUSED {
+                left.push(panel);
+            } else {
+                refused.fill(true);
+            }
+        }
+        if !left.is_empty() {
+            self.write_hidden_pairs(
+                kernels,
+                pairs,
+                (&activations, &left),
+                (hidden, &mut low_rank, &mut refused),
+                threads,
+            );
+            let pass = Pass::new(&activations, &low_rank, &left, self.tokens);
+            let columns = Columns::new(&mut *out, self.outputs());
+            for (i, range) in ranges.into_iter().enumerate() {
+                if i > 0 {
+                    scales = DecodedScales::new(self, range.clone(), width(&range));
+                    let tasks: Vec<_> = scales.tasks().into_iter().map(Task::Scales).collect();
+                    parallel::for_each(tasks, threads, |task| self.do_task(kernels, pairs, task, &uneven));
+                }
+                if uneven.load(Ordering::Relaxed) {
+                    return Ok(false);
+                }
+                let width = width(&range);
+                parallel::for_each(range.clone().step_by(width), threads, |start| {
+                    let block = start..range.end.min(start + width);
+                    let mut out = columns.take(block.clone());
+                    self.write_pair_block(kernels, pairs, &pass, &scales, block, &mut out);
+                });
+            }
+        }
+        let refused = (0..self.tokens).filter(|&token| refused[token]).collect::<Vec<_>>();
+        self.write_refused(kernels, &refused, out, hidden, threads)?;
+        Ok(true)
+    }
+
+    /// A block of outputs for all tokens, as [`Self::write_block`].
+    fn write_pair_block(
+        &self,
+        kernels: &Kernels,
+        pairs: &PairPanels,
+        pass: &Pass<'_>,
+        scales: &DecodedScales,
+        outputs: Range<usize>,
+        out: &mut ColumnRange<'_, T>,
+    ) {
+        let (panels, weight_panels) = (pass.left.len(), outputs.len().div_ceil(PANEL));
+        let mut sums = Scratch::take(weight_panels * panels * 4);
+        let mut weights = Scratch::take(weight_panels * pass.most_tiles());
+        let mut rows = [[T::default(); PANEL]; PANEL];
+        for (i, summand) in pass.summands.iter().enumerate() {
+            let steps = steps(&summand.piece);
+            let panel_tiles = panel::tiles(steps);
+            let weights = &mut weights[..weight_panels * panel_tiles];
+            if summand.of_rank {
+                self.fill_factor(kernels, pairs, Second, &outputs, &summand.piece, weights);
+            } else {
+                self.fill_pairs(pairs, scales, &outputs, &summand.piece, weights);
+            }
+            let next = pass.summands.get(i + 1).map_or(&[][..], |next| &next.panels);
+            let mut block = PairBlock {
+                weights,
+                activations: &summand.panels,
+                next,
+                steps,
+                width: outputs.len(),
+                tokens: pass.tokens,
+                start: i == 0,
+                direction: self.direction,
+            };
+            if i + 1 < pass.summands.len() {
+                (pairs.multiply)(&block, &mut sums);
+                continue;
+            }
+            // The last piece goes by two panels of weights: what becomes a result is still at hand.
+            for (pair, sums) in sums.chunks_mut(2 * panels * 4).enumerate() {
+                let first = 2 * pair * PANEL;
+                block.width = (outputs.len() - first).min(2 * PANEL);
+                block.weights =
+                    &weights[2 * pair * panel_tiles..][..block.width.div_ceil(PANEL) * panel_tiles];
+                (pairs.multiply)(&block, sums);
+                for (i, sums) in sums.as_chunks_mut::<4>().0.iter_mut().enumerate() {
+                    let first = first + i / panels * PANEL;
+                    let bias = self.bias.map(|bias| &bias[outputs.start + first..]);
+                    let first_token = pass.left[i % panels] * PANEL;
+                    let size = ((outputs.len() - first).min(PANEL), (self.tokens - first_token).min(PANEL));
+                    self.store(kernels, sums, first, first_token, size, bias, &mut rows, out);
+                }
+            }
+        }
+    }
+
+    /// The rows that were refused, in f32.
+    fn write_refused(
+        &self,
+        kernels: &Kernels,
+        refused: &[usize],
+        out: &mut [T],
+        hidden: &mut [T],
+        threads: usize,
+    ) -> Result<(), Error> {
+        let (outputs, depth, rank) = (self.outputs(), self.depth(), self.rank());
+        if refused.len() == self.tokens {
+            return self.write::<f32>(kernels, out, hidden, threads);
+        }
+        let row_bytes = (depth + outputs + rank) * size_of::<T>();
+        let most = (REFUSED_BYTES * threads / row_bytes).next_multiple_of(PANEL).max(PANEL);
+        for refused in refused.chunks(most) {
+            let rows = refused.iter().flat_map(|&row| &self.activations[row * depth..][..depth]);
+            let rows: Vec<T> = rows.copied().collect();
+            let part = Product { activations: &rows, tokens: refused.len(), ..*self };
+            let mut of_rows = vec![T::default(); refused.len() * outputs];
+            let mut hidden_of_rows = vec![T::default(); refused.len() * rank];
+            part.write::<f32>(kernels, &mut of_rows, &mut hidden_of_rows, threads)?;
+            for (i, row) in refused.iter().enumerate() {
+                out[row * outputs..][..outputs].copy_from_slice(&of_rows[i * outputs..][..outputs]);
+                hidden[row * rank..][..rank].copy_from_slice(&hidden_of_rows[i * rank..][..rank]);
+            }
+        }
+        Ok(())
+    }
+}
+
+/// A piece of what is summed, and its activations.
+struct Summand<'a> {
+    piece: Range<usize>,
+    /// Of the rank, not of the weight's dimension.
+    of_rank: bool,
+    panels: Vec<&'a [Tile]>,
+}
+
+/// Packed activations of some tokens.
+struct Pass<'a> {
+    summands: Vec<Summand<'a>>,
+    /// The panels that were not refused.
+    left: &'a [usize],
+    /// Their tokens.
+    tokens: usize,
+}
+
+impl<'a> Pass<'a> {
+    fn new(activations: &'a Packed, low_rank: &'a Packed, left: &'a [usize], tokens: usize) -> Self {
+        let of = |packed: &'a Packed, of_rank: bool| {
+            packed.pieces.iter().enumerate().map(move |(i, piece)| {
+                let panels = left.iter().map(|&panel| packed.piece(panel, i)).collect();
+                Summand { piece: piece.clone(), of_rank, panels }
+            })
+        };
+        let tokens = left.iter().map(|&panel| (tokens - panel * PANEL).min(PANEL)).sum();
+        Self { summands: of(activations, false).chain(of(low_rank, true)).collect(), left, tokens }
+    }
+
+    /// Tiles of the longest piece's panels.
+    fn most_tiles(&self) -> usize {
+        self.summands.iter().map(|summand| panel::tiles(steps(&summand.piece))).max().unwrap_or(0)
+    }
+}
+
+#[cfg(test)]
+mod tests;

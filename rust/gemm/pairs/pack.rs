@@ -1,0 +1,265 @@
+//! Operands → panels of pairs: activations and factors brought into fixed point, weights looked up there.
+
+use super::panel::{self, UNIT, UNIT_STEPS};
+use super::steps;
+use crate::element::Element;
+use crate::gemm::pack::{self, LONGEST_RUN};
+use crate::gemm::scales::{self, DecodedScales};
+use crate::gemm::tile::{PANEL, SIDE, Tile};
+use crate::gemm::{Direction, Product};
+use crate::memory::Scratch;
+use crate::simd::{FIXED_TOLERANCE, Kernels, PAIR_SCALE, PREPARED_MULTIPLE, PairPanels, PairStep, Run};
+use std::ops::Range;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+/// Of 64 rows of W that share a unit, how many may have an absmax so small beside the largest one that their
+/// weights lose more than fixed point may.
+const MOST_SMALL: usize = UNIT / 8;
+
+/// Packed activations: panel by panel, pieces one after another.
+pub(super) struct Packed {
+    pub(super) pieces: Vec<Range<usize>>,
+    pub(super) tiles: Scratch,
+}
+
+/// Something to prepare before blocks can be multiplied.
+pub(super) enum Task<'a> {
+    /// A panel of activations, from row `first_token` on.
+    Panel { first_token: usize, pieces: &'a [Range<usize>], tiles: &'a mut [Tile], refused: &'a mut [bool] },
+    /// The absmax of rows of W.
+    Scales(pack::Task<'a>),
+}
+
+/// One of the factors of the low-rank part.
+#[derive(Clone, Copy)]
+pub(super) enum WhichFactor {
+    /// The one that activations meet.
+    First,
+    /// The one that leads to the result.
+    Second,
+}
+
+impl Packed {
+    /// Room for `panels` panels.
+    pub(super) fn new(pieces: Vec<Range<usize>>, panels: usize) -> Self {
+        let tiles = Scratch::take(panels * super::tiles(&pieces));
+        Self { pieces, tiles }
+    }
+
+    pub(super) fn tiles_per_panel(&self) -> usize {
+        super::tiles(&self.pieces)
+    }
+
+    /// Piece `i` of a panel.
+    pub(super) fn piece(&self, panel: usize, i: usize) -> &[Tile] {
+        let first = panel * self.tiles_per_panel() + super::tiles(&self.pieces[..i]);
+        &self.tiles[first..][..panel::tiles(steps(&self.pieces[i]))]
+    }
+
+    /// What is to be packed, as tasks for several threads; each says which of its rows are refused.
+    pub(super) fn tasks<'a>(&'a mut self, refused: &'a mut [bool]) -> impl Iterator<Item = Task<'a>> {
+        let (tiles, pieces) = (super::tiles(&self.pieces), &self.pieces[..]);
+        let panels = self.tiles.chunks_exact_mut(tiles).zip(refused.chunks_exact_mut(PANEL)).enumerate();
+        panels.map(move |(i, (tiles, refused))| Task::Panel {
+            first_token: i * PANEL,
+            pieces,
+            tiles,
+            refused,
+        })
+    }
+}
+
+impl<T: Element> Product<'_, T> {
+    /// Do a task; `uneven` is set where absmax have too little in common.
+    pub(super) fn do_task(&self, kernels: &Kernels, pairs: &PairPanels, task: Task<'_>, uneven: &AtomicBool) {
+        match task {
+            Task::Panel { first_token, pieces, tiles, refused } => {
+                let (depth, tokens) = (self.depth(), (self.tokens - first_token).min(PANEL));
+                let rows = &self.activations[first_token * depth..][..tokens * depth];
+                let tolerance = T::EPSILON * FIXED_TOLERANCE;
+                self.pack_panel(kernels, pairs, (rows, depth), pieces, tolerance, (tiles, refused));
+            }
+            Task::Scales(task) => {
+                let pack::Task::Scales { row, columns, piece, out } = task else { return };
+                scales::decode(self, kernels, row, &columns, piece, out);
+                let pieces = columns.len() / piece;
+                // A typical weight is 0.4 of its absmax, and rounding it loses 0.29 (root mean square).
+                let smallest = 0.29 / (0.4 * PAIR_SCALE * T::EPSILON * FIXED_TOLERANCE);
+                if self.direction == Direction::Backward
+                    && !out.chunks(UNIT * pieces).all(|absmax| are_even(absmax, pieces, smallest))
+                {
+                    uneven.store(true, Ordering::Relaxed);
+                }
+            }
+        }
+    }
+
+    /// Up to 32 rows of `width` values → a panel, in the form that the activations' side of the microkernel
+    /// reads. A row that loses more than `tolerance` is refused: zeros take its place.
+    pub(super) fn pack_panel(
+        &self,
+        kernels: &Kernels,
+        pairs: &PairPanels,
+        (rows, width): (&[T], usize),
+        pieces: &[Range<usize>],
+        tolerance: f32,
+        (tiles, refused): (&mut [Tile], &mut [bool]),
+    ) {
+        let mut wide = Scratch::of::<f32>(width);
+        let wide = &mut wide.values_mut()[..width];
+        let mut prepared = Scratch::of::<PairStep>(width.div_ceil(PREPARED_MULTIPLE));
+        let prepared = &mut prepared.values_mut::<PairStep>()[..width.div_ceil(PREPARED_MULTIPLE)];
+        let mut rows = rows.chunks_exact(width);
+        for (token, refused) in refused.iter_mut().enumerate() {
+            let row = rows.next();
+            if let Some(row) = row {
+                T::widen(kernels, row, wide);
+                *refused |= !(pairs.prepare)(wide, tolerance, prepared);
+            }
+            let zeros = row.is_none() || *refused;
+            let (half, row) = (token / SIDE, token % SIDE);
+            let mut first = 0;
+            for piece in pieces {
+                let steps = steps(piece);
+                let panel = &mut tiles[first..][..panel::tiles(steps)];
+                first += panel.len();
+                for step in 0..steps {
+                    let (at, within) = place(piece.start + step * panel::STEP);
+                    let words = &prepared[at].pairs.as_chunks::<SIDE>().0[within / panel::STEP];
+                    panel[2 * step + half].0[row] = words.map(i32::cast_unsigned);
+                }
+                for unit in 0..steps.div_ceil(UNIT_STEPS) {
+                    let (at, within) = place(piece.start + unit * UNIT);
+                    let value = if zeros { 0.0 } else { prepared[at].unit[within / 8] };
+                    panel::units_mut(panel, steps, unit, half)[row] = value.to_bits();
+                }
+            }
+        }
+        if self.direction == Direction::Forward {
+            let mut first = 0;
+            for piece in pieces {
+                tiles[first..][..2 * steps(piece)].iter_mut().for_each(kernels.transpose);
+                first += panel::tiles(steps(piece));
+            }
+        }
+    }
+
+    /// A piece of the weights of some outputs → panels.
+    pub(super) fn fill_pairs(
+        &self,
+        pairs: &PairPanels,
+        scales: &DecodedScales,
+        outputs: &Range<usize>,
+        piece: &Range<usize>,
+        panels: &mut [Tile],
+    ) {
+        let Some(runs) = self.runs(scales, outputs, piece) else { return };
+        let steps = steps(piece);
+        let panel_tiles = panel::tiles(steps);
+        if self.direction == Direction::Forward {
+            for i in 0..outputs.len().next_multiple_of(PANEL) {
+                let panel = &mut panels[i / PANEL * panel_tiles..][..panel_tiles];
+                let run = runs.of(i);
+                (pairs.decode_left)(run.codes, i % PANEL, &mut panel[..2 * steps]);
+                for (unit, absmax) in run.absmax.iter().enumerate() {
+                    panel::units_mut(panel, steps, unit, i % PANEL / SIDE)[i % SIDE] = absmax.to_bits();
+                }
+            }
+            return;
+        }
+        for unit in 0..steps.div_ceil(UNIT_STEPS) {
+            let mut largest = [0.0_f32; LONGEST_RUN / 32];
+            for row in unit * UNIT..piece.len().min((unit + 1) * UNIT) {
+                for (largest, absmax) in largest.iter_mut().zip(runs.absmax(row)) {
+                    *largest = largest.max(*absmax);
+                }
+            }
+            for (i, panel) in panels.chunks_exact_mut(panel_tiles).enumerate() {
+                for half in 0..2 {
+                    let largest = largest[(i * PANEL + half * SIDE) / runs.block_size()];
+                    *panel::units_mut(panel, steps, unit, half) = [largest.to_bits(); SIDE];
+                }
+            }
+            let divisors = largest.map(|largest| if largest > 0.0 { largest } else { 1.0 });
+            for word in unit * UNIT_STEPS * SIDE..steps.min((unit + 1) * UNIT_STEPS) * SIDE {
+                let mut absmax = [[0.0; LONGEST_RUN / 32]; 2];
+                let pair: [Run<'_>; 2] = std::array::from_fn(|i| runs.of(2 * word + i));
+                for (absmax, run) in absmax.iter_mut().zip(&pair) {
+                    for (out, (absmax, divisor)) in absmax.iter_mut().zip(run.absmax.iter().zip(&divisors)) {
+                        *out = absmax / divisor;
+                    }
+                }
+                let pair =
+                    std::array::from_fn(|i| Run { absmax: &absmax[i][..pair[i].absmax.len()], ..pair[i] });
+                (pairs.decode_right)(&pair, word, panel_tiles, panels);
+            }
+        }
+    }
+
+    /// A piece of a factor, for some outputs, → panels.
+    pub(super) fn fill_factor(
+        &self,
+        kernels: &Kernels,
+        pairs: &PairPanels,
+        which: WhichFactor,
+        outputs: &Range<usize>,
+        piece: &Range<usize>,
+        panels: &mut [Tile],
+    ) {
+        let Some((first, second)) = self.factors() else { return };
+        let factor = match which {
+            WhichFactor::First => first,
+            WhichFactor::Second => second,
+        };
+        let steps = steps(piece);
+        let panel_tiles = panel::tiles(steps);
+        let (rows, run) = match self.direction {
+            Direction::Forward => (outputs, piece),
+            Direction::Backward => (piece, outputs),
+        };
+        let mut values = Scratch::of::<f32>(rows.len() * run.len());
+        let values = &mut values.values_mut()[..rows.len() * run.len()];
+        for (row, values) in rows.clone().zip(values.chunks_exact_mut(run.len())) {
+            factor.values.widen(kernels, row * factor.columns + run.start, values);
+        }
+        if self.direction == Direction::Forward {
+            for output in 0..outputs.len().next_multiple_of(PANEL) {
+                let panel = &mut panels[output / PANEL * panel_tiles..][..panel_tiles];
+                let values = values.get(output * run.len()..(output + 1) * run.len()).unwrap_or_default();
+                (pairs.factor_left)(values, output % PANEL, steps, panel);
+            }
+        } else {
+            (pairs.factor_right)(values, run.len(), steps, panels);
+        }
+    }
+}
+
+/// Where a row's value is among its prepared steps.
+fn place(column: usize) -> (usize, usize) {
+    (column / PREPARED_MULTIPLE, column % PREPARED_MULTIPLE)
+}
+
+/// Whether rows of absmax, `pieces` each, may share units: whether few of them are less than `smallest` times
+/// the largest. Rows of zeros lose nothing.
+fn are_even(absmax: &[f32], pieces: usize, smallest: f32) -> bool {
+    const MOST: usize = 64;
+    (0..pieces).step_by(MOST).all(|first| {
+        let count = (pieces - first).min(MOST);
+        let rows = || absmax.chunks_exact(pieces).map(|row| &row[first..first + count]);
+        let mut largest = [0.0_f32; MOST];
+        for row in rows() {
+            for (largest, absmax) in largest.iter_mut().zip(row) {
+                // NaN stays, to be refused.
+                *largest = if *absmax <= *largest || largest.is_nan() { *largest } else { *absmax };
+            }
+        }
+        let mut small = [0_u32; MOST];
+        for row in rows() {
+            for ((small, largest), absmax) in small.iter_mut().zip(&largest).zip(row) {
+                *small += u32::from(*absmax > 0.0 && *absmax < smallest * largest);
+            }
+        }
+        let few = small.iter().all(|small| *small as usize <= MOST_SMALL);
+        few && largest.iter().all(|largest| largest.is_finite())
+    })
+}

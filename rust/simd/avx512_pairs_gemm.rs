@@ -1,0 +1,145 @@
+//! AVX-512 with products of words: the microkernel on panels of pairs, and what decodes weights into them
+//! (layout in `gemm/pairs/panel.rs`).
+//!
+//! The loop is that of `avx512_gemm.rs`. A lane multiplies two values of the summed dimension at a time, and
+//! twice as many instructions do so per cycle as products of pairs of bf16 on Intel's CPUs.
+
+use super::Run;
+use super::avx512_decode::{SPREAD_BF16, decode_bf16, levels, load, pair_indices};
+use super::avx512_pairs_linear::multiply_add;
+use super::fixed::{PAIR_SCALE, PAIR_WORDS};
+use crate::gemm::pairs::panel::{PairBlock, UNIT_STEPS, tiles, units};
+use crate::gemm::tile::{Group, SIDE, Tile};
+use std::arch::x86_64::*;
+
+/// See [`super::PairPanels::multiply`].
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,fma")]
+pub(super) fn multiply(block: &PairBlock<'_>, sums: &mut [Tile]) {
+    block.for_each_group(sums, |mut group| match group.columns.div_ceil(SIDE) {
+        1 => pieces::<8, 8, 1>(&mut group, block),
+        2 => pieces::<8, 8, 2>(&mut group, block),
+        3 => pieces::<8, 8, 3>(&mut group, block),
+        _ => pieces::<6, 4, 4>(&mut group, block),
+    });
+}
+
+/// Pieces of `MOST` rows, in each tile's last rows of `FEWEST`, by `VECTORS` times 16 columns.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,fma")]
+fn pieces<const MOST: usize, const FEWEST: usize, const VECTORS: usize>(
+    group: &mut Group<'_>,
+    block: &PairBlock<'_>,
+) {
+    let mut first = 0;
+    while first < group.rows {
+        // Rows left in this tile.
+        let rest = SIDE - first % SIDE;
+        if rest >= MOST {
+            piece::<MOST, VECTORS>(group, first, block);
+            first += MOST;
+        } else {
+            piece::<FEWEST, VECTORS>(group, first, block);
+            first += FEWEST;
+        }
+    }
+}
+
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,fma")]
+fn piece<const ROWS: usize, const VECTORS: usize>(
+    group: &mut Group<'_>,
+    first: usize,
+    block: &PairBlock<'_>,
+) {
+    let (left_half, first, steps) = (first / SIDE, first % SIDE, block.steps);
+    let (left, near) = (&group.left[..tiles(steps)], &group.right[0][..tiles(steps)]);
+    // Where there is one right panel, nothing is read of the other.
+    let far = if VECTORS > 2 { &group.right[1][..tiles(steps)] } else { near };
+    let right = |v: usize| if v < 2 { near } else { far };
+    let mut totals = [[_mm512_setzero_ps(); VECTORS]; ROWS];
+    for unit in 0..steps.div_ceil(UNIT_STEPS) {
+        let mut products = [[_mm512_setzero_si512(); VECTORS]; ROWS];
+        for step in unit * UNIT_STEPS..steps.min((unit + 1) * UNIT_STEPS) {
+            let Some(rows) = left[2 * step + left_half].0[first..].first_chunk::<ROWS>() else { return };
+            for word in 0..SIDE {
+                let mut columns = [_mm512_setzero_si512(); VECTORS];
+                for (v, columns) in columns.iter_mut().enumerate() {
+                    let row = &right(v)[2 * step + v % 2].0[word];
+                    // SAFETY: the row holds the 16 words that are read; rows of tiles are aligned.
+                    *columns = unsafe { _mm512_load_si512(row.as_ptr().cast()) };
+                }
+                for r in 0..ROWS {
+                    let value = _mm512_set1_epi32(rows[r][word] as i32);
+                    for v in 0..VECTORS {
+                        multiply_add(&mut products[r][v], value, columns[v]);
+                    }
+                }
+            }
+        }
+        let Some(left_units) = units(left, steps, unit, left_half)[first..].first_chunk::<ROWS>() else {
+            return;
+        };
+        for v in 0..VECTORS {
+            // SAFETY: as above.
+            let of_columns = unsafe { _mm512_load_ps(units(right(v), steps, unit, v % 2).as_ptr().cast()) };
+            for r in 0..ROWS {
+                let total = _mm512_mul_ps(_mm512_cvtepi32_ps(products[r][v]), of_columns);
+                let of_row = _mm512_set1_ps(f32::from_bits(left_units[r]));
+                totals[r][v] = _mm512_fmadd_ps(total, of_row, totals[r][v]);
+            }
+        }
+    }
+    for v in 0..VECTORS {
+        let Some(sums) = &mut group.sums[v / 2] else { return };
+        let tile = &mut sums[left_half * 2 + v % 2];
+        for (row, totals) in tile.0[first..].iter_mut().zip(&totals) {
+            // SAFETY: the row holds the 16 words that are read and written.
+            unsafe {
+                let at = row.as_mut_ptr().cast();
+                let sum = totals[v];
+                let sum = if block.start { sum } else { _mm512_add_ps(sum, _mm512_load_ps(at)) };
+                _mm512_store_ps(at, sum);
+            }
+        }
+    }
+}
+
+/// See [`super::PairPanels::decode_left`].
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq")]
+pub(super) fn left(codes: &[u8], row: usize, panel: &mut [Tile]) {
+    let (half, row, spread) = (row / SIDE, row % SIDE, load(&SPREAD_BF16));
+    // SAFETY: the array holds the 32 bytes that are read.
+    let table = _mm512_broadcast_i64x4(unsafe { _mm256_loadu_si256(PAIR_WORDS.as_ptr().cast()) });
+    for (codes, step) in codes.as_chunks::<16>().0.iter().zip(panel.as_chunks_mut::<2>().0) {
+        let weights = decode_bf16(codes, spread, table);
+        // SAFETY: a tile's row is 64 bytes.
+        unsafe { _mm512_store_si512(step[half].0[row].as_mut_ptr().cast(), weights) };
+    }
+}
+
+/// See [`super::PairPanels::decode_right`].
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq")]
+pub(super) fn right(runs: &[Run<'_>; 2], word: usize, panel_tiles: usize, panels: &mut [Tile]) {
+    let [even, odd] = runs;
+    let scaled = _mm512_mul_ps(levels(), _mm512_set1_ps(PAIR_SCALE));
+    let words = |absmax: f32| _mm512_cvtps_epi32(_mm512_mul_ps(scaled, _mm512_set1_ps(absmax)));
+    let (step, row) = (word / SIDE * 2, word % SIDE);
+    let mut panels = panels.chunks_exact_mut(panel_tiles);
+    let bytes = even.block_size / 2;
+    let blocks = even.codes.chunks_exact(bytes).zip(even.absmax);
+    for ((codes, absmax), (odd_codes, odd_absmax)) in
+        blocks.zip(odd.codes.chunks_exact(bytes).zip(odd.absmax))
+    {
+        let table = _mm512_castsi256_si512(_mm512_cvtepi32_epi16(words(*absmax)));
+        let table = _mm512_inserti64x4::<1>(table, _mm512_cvtepi32_epi16(words(*odd_absmax)));
+        let pairs = codes.as_chunks::<16>().0.iter().zip(odd_codes.as_chunks::<16>().0);
+        for ((codes, odd_codes), panel) in pairs.zip(&mut panels) {
+            for (half, index) in pair_indices(codes, odd_codes).into_iter().enumerate() {
+                let weights = _mm512_permutexvar_epi16(index, table);
+                let out = panel[step + half].0[row].as_mut_ptr();
+                // SAFETY: a tile's row is 64 bytes.
+                unsafe { _mm512_store_si512(out.cast(), weights) };
+            }
+        }
+    }
+}
