@@ -111,7 +111,7 @@ pub enum Error {
     },
     /// A forced CPU path has no such name.
     #[error(
-        "QLORA_RS_CPU={0} is not a path; use portable, avx2, avx512, avx512_vnni, avx512_bf16 or amx, or unset it to take the fastest"
+        "QLORA_RS_CPU={0} is not a path; use portable, avx2, avx2_vnni, avx512, avx512_vnni, avx512_bf16 or amx, or unset it to take the fastest"
     )]
     CpuPathUnknown(String),
 }

@@ -115,7 +115,7 @@ pub type Linear<T> = fn(x: &[T], strip: &Strip<'_>, out: &mut [f32]);
 /// handed out after the instructions they use were found.
 #[derive(Clone, Copy, Debug)]
 pub struct Kernels {
-    /// `portable`, `avx2`, `avx512`, `avx512_vnni`, `avx512_bf16` or `amx`.
+    /// `portable`, `avx2`, `avx2_vnni`, `avx512`, `avx512_vnni`, `avx512_bf16` or `amx`.
     pub name: &'static str,
     /// f16 → f32, exact; both slices have the same length.
     pub widen_f16: fn(&[f16], &mut [f32]),
@@ -317,7 +317,9 @@ pub fn available() -> Vec<&'static Kernels> {
     #[cfg(target_arch = "x86_64")]
     let [first, second] = if avx512::bf16_is_slow() { [vnni, bf16] } else { [bf16, vnni] };
     #[cfg(target_arch = "x86_64")]
-    let detected = [amx::detect(), first, second, avx512::detect(), avx2::detect()];
+    let narrow = [avx2::detect_vnni(), avx2::detect()];
+    #[cfg(target_arch = "x86_64")]
+    let detected = [amx::detect(), first, second, avx512::detect(), narrow[0], narrow[1]];
     #[cfg(not(target_arch = "x86_64"))]
     let detected = [];
     detected.into_iter().flatten().chain([&portable::KERNELS]).collect()
@@ -336,7 +338,9 @@ fn choose(requested: Option<&str>) -> Result<&'static Kernels, Error> {
     let paths = available();
     match requested {
         None | Some("") => Ok(paths[0]),
-        Some(name @ ("portable" | "avx2" | "avx512" | "avx512_vnni" | "avx512_bf16" | "amx")) => {
+        Some(
+            name @ ("portable" | "avx2" | "avx2_vnni" | "avx512" | "avx512_vnni" | "avx512_bf16" | "amx"),
+        ) => {
             let found = paths.iter().copied().find(|path| path.name == name);
             found.ok_or_else(|| Error::CpuPathMissing {
                 requested: name.to_owned(),

@@ -115,7 +115,7 @@ def test_the_fastest_path_is_taken_unless_one_is_named(
     assert PATHS[-1] == "portable"
 
 
-X86_PATHS = ("amx", "avx512_bf16", "avx512_vnni", "avx512", "avx2")
+X86_PATHS = ("amx", "avx512_bf16", "avx512_vnni", "avx512", "avx2_vnni", "avx2")
 MISSING = [path for path in X86_PATHS if path not in PATHS]
 
 

@@ -21,7 +21,7 @@ from torch.utils.dlpack import to_dlpack
 from qlora_rs import _rust
 
 # Paths that widen half types to multiply many rows of them.
-WIDENING_PATHS = ("avx2", "avx512", "avx512_vnni")
+WIDENING_PATHS = ("avx2", "avx2_vnni", "avx512", "avx512_vnni")
 # Decoded weights that a float64 product holds at any one time.
 TILE_WEIGHTS = 1 << 20
 

@@ -81,7 +81,8 @@ impl<'py> PackedArguments<'py> {
     }
 }
 
-/// The CPU path of this process: `portable`, `avx2`, `avx512`, `avx512_vnni`, `avx512_bf16` or `amx`.
+/// The CPU path of this process: `portable`, `avx2`, `avx2_vnni`, `avx512`, `avx512_vnni`, `avx512_bf16` or
+/// `amx`.
 #[pyfunction]
 pub fn cpu_path() -> PyResult<&'static str> {
     Ok(simd::kernels()?.name)

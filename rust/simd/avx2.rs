@@ -61,26 +61,7 @@ static KERNELS: Kernels = Kernels {
             |runs, word, steps, tiles| unsafe { avx2_decode::right_f32(runs, word, steps, tiles) },
         )),
     },
-    panels_pairs: Some(PairPanels {
-        // SAFETY: as above.
-        prepare: |x, tolerance, out| unsafe { avx2_fixed::prepare_pairs(x, tolerance, out) },
-        // SAFETY: as above.
-        multiply: |block, sums| unsafe { avx2_pairs_gemm::multiply(block, sums) },
-        // SAFETY: as above.
-        decode_left: |codes, row, panel| unsafe { avx2_pairs_gemm::left(codes, row, panel) },
-        // SAFETY: as above.
-        decode_right: |runs, word, tiles, panels| unsafe {
-            avx2_pairs_gemm::right(runs, word, tiles, panels);
-        },
-        // SAFETY: as above.
-        factor_left: |values, row, steps, panel| unsafe {
-            avx2_fixed::factor_left(values, row, steps, panel);
-        },
-        // SAFETY: as above.
-        factor_right: |values, width, steps, panels| unsafe {
-            avx2_fixed::factor_right(values, width, steps, panels);
-        },
-    }),
+    panels_pairs: Some(PANELS_PAIRS),
     // SAFETY: as above.
     transpose: |tile| unsafe { avx2_gemm::transpose(tile) },
     // SAFETY: as above.
@@ -100,12 +81,52 @@ static KERNELS: Kernels = Kernels {
     bf16: None,
 };
 
+/// Many rows of 16-bit activations in fixed point.
+const PANELS_PAIRS: PairPanels = PairPanels {
+    // SAFETY: as above.
+    prepare: |x, tolerance, out| unsafe { avx2_fixed::prepare_pairs(x, tolerance, out) },
+    // SAFETY: as above.
+    multiply: |block, sums| unsafe { avx2_pairs_gemm::multiply(block, sums) },
+    // SAFETY: as above.
+    decode_left: |codes, row, panel| unsafe { avx2_pairs_gemm::left(codes, row, panel) },
+    // SAFETY: as above.
+    decode_right: |runs, word, tiles, panels| unsafe {
+        avx2_pairs_gemm::right(runs, word, tiles, panels);
+    },
+    // SAFETY: as above.
+    factor_left: |values, row, steps, panel| unsafe {
+        avx2_fixed::factor_left(values, row, steps, panel);
+    },
+    // SAFETY: as above.
+    factor_right: |values, width, steps, panels| unsafe {
+        avx2_fixed::factor_right(values, width, steps, panels);
+    },
+};
+
+/// [`KERNELS`] with sums of products of words in one instruction.
+static KERNELS_WITH_VNNI: Kernels = Kernels {
+    name: "avx2_vnni",
+    few_rows: crossover::AVX2_VNNI,
+    panels_pairs: Some(PairPanels {
+        // SAFETY: as above, with avxvnni.
+        multiply: |block, sums| unsafe { avx2_pairs_gemm::multiply_vnni(block, sums) },
+        ..PANELS_PAIRS
+    }),
+    ..KERNELS
+};
+
 /// The table, if this CPU has the features.
 pub(super) fn detect() -> Option<&'static Kernels> {
     let found = is_x86_feature_detected!("avx2")
         && is_x86_feature_detected!("fma")
         && is_x86_feature_detected!("f16c");
     found.then_some(&KERNELS)
+}
+
+/// The table with sums of products of words, if the CPU has them too.
+pub(super) fn detect_vnni() -> Option<&'static Kernels> {
+    detect()?;
+    is_x86_feature_detected!("avxvnni").then_some(&KERNELS_WITH_VNNI)
 }
 
 #[target_feature(enable = "avx2,f16c")]

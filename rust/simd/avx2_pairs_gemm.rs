@@ -1,8 +1,9 @@
 //! AVX2 with products of words: the microkernel on panels of pairs, and what decodes weights into them
 //! (layout in `gemm/pairs/panel.rs`).
 //!
-//! Pieces are those of `avx2_gemm.rs`. A lane multiplies two values of the summed dimension at a time; the
-//! sum takes an instruction of its own, but any of three ports.
+//! Pieces are those of `avx2_gemm.rs`. A lane multiplies two values of the summed dimension at a time. The sum
+//! takes an instruction of its own, but any of three ports; with AVX-VNNI (Intel since 2021, AMD since 2024),
+//! none.
 
 use super::Run;
 use super::fixed::{LEVEL_PAIRS, PAIR_SCALE};
@@ -11,90 +12,119 @@ use crate::gemm::pairs::panel::{PairBlock, UNIT_STEPS, tiles, units};
 use crate::gemm::tile::{SIDE, Tile};
 use std::arch::x86_64::*;
 
-/// See [`super::PairPanels::multiply`].
-#[target_feature(enable = "avx2,fma")]
-pub(super) fn multiply(block: &PairBlock<'_>, sums: &mut [Tile]) {
-    block.for_each_group(sums, |mut group| {
-        for right in 0..group.columns.div_ceil(2 * SIDE) {
-            let Some(sums) = &mut group.sums[right] else { return };
-            let columns = group.columns - right * 2 * SIDE;
-            for half in 0..columns.div_ceil(SIDE).min(2) {
-                for tile in 0..group.rows.div_ceil(SIDE) {
-                    let wanted = group.rows - tile * SIDE;
-                    let sums = &mut sums[tile * 2 + half];
-                    let panels = [group.left, group.right[right]];
-                    piece::<6>(panels, sums, [tile, half], 0, block);
-                    if wanted > 6 {
-                        piece::<5>(panels, sums, [tile, half], 6, block);
-                    }
-                    if wanted > 11 {
-                        piece::<5>(panels, sums, [tile, half], 11, block);
-                    }
-                }
-            }
-        }
-    });
-}
-
-/// `ROWS` rows of a left panel's tiles from `first` on by the columns of a right panel's; `halves` says
-/// which tiles of the panels.
-#[inline]
-#[target_feature(enable = "avx2,fma")]
-fn piece<const ROWS: usize>(
-    panels: [&[Tile]; 2],
-    sums: &mut Tile,
-    halves: [usize; 2],
-    first: usize,
-    block: &PairBlock<'_>,
-) {
-    let steps = block.steps;
-    let [left, right] = panels.map(|panel| &panel[..tiles(steps)]);
-    let mut totals = [[_mm256_setzero_ps(); 2]; ROWS];
-    for unit in 0..steps.div_ceil(UNIT_STEPS) {
-        let mut products = [[_mm256_setzero_si256(); 2]; ROWS];
-        for step in unit * UNIT_STEPS..steps.min((unit + 1) * UNIT_STEPS) {
-            let Some(rows) = left[2 * step + halves[0]].0[first..].first_chunk::<ROWS>() else { return };
-            // Unrolled by four: the loop's own counter and branch would take issue slots.
-            for group in (0..SIDE).step_by(4) {
-                for word in group..group + 4 {
-                    let row = &right[2 * step + halves[1]].0[word];
-                    // SAFETY: two vectors of 8 words are read from a row of 16.
-                    let columns = [0, 8].map(|i| unsafe { _mm256_load_si256(row.as_ptr().add(i).cast()) });
-                    for r in 0..ROWS {
-                        let value = _mm256_set1_epi32(rows[r][word] as i32);
-                        for c in 0..2 {
-                            let product = _mm256_madd_epi16(value, columns[c]);
-                            products[r][c] = _mm256_add_epi32(products[r][c], product);
+macro_rules! define_multiply {
+    ($name:ident, $features:literal, $piece:ident, $multiply_add:expr) => {
+        /// See [`super::PairPanels::multiply`].
+        #[target_feature(enable = $features)]
+        pub(super) fn $name(block: &PairBlock<'_>, sums: &mut [Tile]) {
+            block.for_each_group(sums, |mut group| {
+                for right in 0..group.columns.div_ceil(2 * SIDE) {
+                    let Some(sums) = &mut group.sums[right] else { return };
+                    let columns = group.columns - right * 2 * SIDE;
+                    for half in 0..columns.div_ceil(SIDE).min(2) {
+                        for tile in 0..group.rows.div_ceil(SIDE) {
+                            let wanted = group.rows - tile * SIDE;
+                            let sums = &mut sums[tile * 2 + half];
+                            let panels = [group.left, group.right[right]];
+                            $piece::<6>(panels, sums, [tile, half], 0, block);
+                            if wanted > 6 {
+                                $piece::<5>(panels, sums, [tile, half], 6, block);
+                            }
+                            if wanted > 11 {
+                                $piece::<5>(panels, sums, [tile, half], 11, block);
+                            }
                         }
                     }
                 }
+            });
+        }
+
+        /// `ROWS` rows of a left panel's tiles from `first` on by the columns of a right panel's; `halves` says
+        /// which tiles of the panels.
+        #[inline]
+        #[target_feature(enable = $features)]
+        fn $piece<const ROWS: usize>(
+            panels: [&[Tile]; 2],
+            sums: &mut Tile,
+            halves: [usize; 2],
+            first: usize,
+            block: &PairBlock<'_>,
+        ) {
+            let steps = block.steps;
+            let [left, right] = panels.map(|panel| &panel[..tiles(steps)]);
+            let mut totals = [[_mm256_setzero_ps(); 2]; ROWS];
+            for unit in 0..steps.div_ceil(UNIT_STEPS) {
+                let mut products = [[_mm256_setzero_si256(); 2]; ROWS];
+                for step in unit * UNIT_STEPS..steps.min((unit + 1) * UNIT_STEPS) {
+                    let Some(rows) = left[2 * step + halves[0]].0[first..].first_chunk::<ROWS>() else {
+                        return;
+                    };
+                    // Unrolled by four: the loop's own counter and branch would take issue slots.
+                    for group in (0..SIDE).step_by(4) {
+                        for word in group..group + 4 {
+                            let row = &right[2 * step + halves[1]].0[word];
+                            // SAFETY: two vectors of 8 words are read from a row of 16.
+                            let load = |i: usize| unsafe { _mm256_load_si256(row.as_ptr().add(i).cast()) };
+                            let columns = [load(0), load(8)];
+                            for r in 0..ROWS {
+                                let value = _mm256_set1_epi32(rows[r][word] as i32);
+                                for c in 0..2 {
+                                    products[r][c] = $multiply_add(products[r][c], value, columns[c]);
+                                }
+                            }
+                        }
+                    }
+                }
+                let Some(left_units) = units(left, steps, unit, halves[0])[first..].first_chunk::<ROWS>()
+                else {
+                    return;
+                };
+                let of_columns = units(right, steps, unit, halves[1]);
+                for c in 0..2 {
+                    // SAFETY: c < 2, so 8 words from 8 * c lie in the row of 16.
+                    let of_columns = unsafe { _mm256_load_ps(of_columns.as_ptr().add(8 * c).cast()) };
+                    for r in 0..ROWS {
+                        let total = _mm256_mul_ps(_mm256_cvtepi32_ps(products[r][c]), of_columns);
+                        let of_row = _mm256_set1_ps(f32::from_bits(left_units[r]));
+                        totals[r][c] = _mm256_fmadd_ps(total, of_row, totals[r][c]);
+                    }
+                }
+            }
+            for (row, totals) in sums.0[first..].iter_mut().zip(&totals) {
+                for (c, total) in totals.iter().enumerate() {
+                    // SAFETY: c < 2, so 8 words from 8 * c lie in the row of 16.
+                    unsafe {
+                        let at = row.as_mut_ptr().add(8 * c).cast();
+                        let sum =
+                            if block.start { *total } else { _mm256_add_ps(*total, _mm256_load_ps(at)) };
+                        _mm256_store_ps(at, sum);
+                    }
+                }
             }
         }
-        let Some(left_units) = units(left, steps, unit, halves[0])[first..].first_chunk::<ROWS>() else {
-            return;
-        };
-        let of_columns = units(right, steps, unit, halves[1]);
-        for c in 0..2 {
-            // SAFETY: c < 2, so 8 words from 8 * c lie in the row of 16.
-            let of_columns = unsafe { _mm256_load_ps(of_columns.as_ptr().add(8 * c).cast()) };
-            for r in 0..ROWS {
-                let total = _mm256_mul_ps(_mm256_cvtepi32_ps(products[r][c]), of_columns);
-                let of_row = _mm256_set1_ps(f32::from_bits(left_units[r]));
-                totals[r][c] = _mm256_fmadd_ps(total, of_row, totals[r][c]);
-            }
-        }
-    }
-    for (row, totals) in sums.0[first..].iter_mut().zip(&totals) {
-        for (c, total) in totals.iter().enumerate() {
-            // SAFETY: c < 2, so 8 words from 8 * c lie in the row of 16.
-            unsafe {
-                let at = row.as_mut_ptr().add(8 * c).cast();
-                let sum = if block.start { *total } else { _mm256_add_ps(*total, _mm256_load_ps(at)) };
-                _mm256_store_ps(at, sum);
-            }
-        }
-    }
+    };
 }
+
+define_multiply!(multiply, "avx2,fma", piece, |sum, value, column| {
+    _mm256_add_epi32(sum, _mm256_madd_epi16(value, column))
+});
+
+define_multiply!(multiply_vnni, "avx2,fma,avxvnni", piece_vnni, |sum, value, column| {
+    let mut sum: __m256i = sum;
+    let (value, column): (__m256i, __m256i) = (value, column);
+    // Not the intrinsic, which the compiler takes apart: see `avx512_pairs_linear::multiply_add`.
+    // SAFETY: one instruction, which the features include, on registers alone.
+    unsafe {
+        std::arch::asm!(
+            "{{vex}} vpdpwssd {sum}, {value}, {column}",
+            sum = inout(ymm_reg) sum,
+            value = in(ymm_reg) value,
+            column = in(ymm_reg) column,
+            options(pure, nomem, nostack, preserves_flags),
+        );
+    }
+    sum
+});
 
 /// The 16 words of a table, taken apart: their low bytes and their high bytes, once for either half.
 #[derive(Clone, Copy)]

@@ -14,5 +14,7 @@ pub(super) const AVX512_VNNI: [usize; 2] = [24, 48];
 pub(super) const AVX512_BF16: [usize; 2] = [24, 48];
 /// benches/record/intel-r-xeon-r-processor-avx512-vnni-2-cores/2026-11-27-tune.txt
 pub(super) const AVX2: [usize; 2] = [12, 24];
+/// Not measured on such a CPU yet.
+pub(super) const AVX2_VNNI: [usize; 2] = [12, 24];
 /// benches/record/amd-epyc-avx512-bf16-2-cores/2026-11-25-tune.txt
 pub(super) const PORTABLE: [usize; 2] = [24, 24];

@@ -274,7 +274,7 @@ fn a_path_is_forced_by_name_and_refused_by_sentence() {
     let refused = choose(Some("sse9")).expect_err("no such path").to_string();
     assert!(
         refused.contains("sse9")
-            && refused.contains("portable, avx2, avx512, avx512_vnni, avx512_bf16 or amx")
+            && refused.contains("portable, avx2, avx2_vnni, avx512, avx512_vnni, avx512_bf16 or amx")
     );
 }
 
