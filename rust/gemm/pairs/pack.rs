@@ -16,6 +16,18 @@ use std::sync::atomic::{AtomicBool, Ordering};
 /// weights lose more than fixed point may.
 const MOST_SMALL: usize = UNIT / 8;
 
+/// How a row of activations is carried in fixed point.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(super) enum RowState {
+    /// As it is.
+    #[default]
+    Once,
+    /// By two rows, the second of which holds what the first one loses.
+    Twice,
+    /// Not at all: computed in f32.
+    Apart,
+}
+
 /// Packed activations: panel by panel, pieces one after another.
 pub(super) struct Packed {
     pub(super) pieces: Vec<Range<usize>>,
@@ -25,7 +37,12 @@ pub(super) struct Packed {
 /// Something to prepare before blocks can be multiplied.
 pub(super) enum Task<'a> {
     /// A panel of activations, from row `first_token` on.
-    Panel { first_token: usize, pieces: &'a [Range<usize>], tiles: &'a mut [Tile], refused: &'a mut [bool] },
+    Panel {
+        first_token: usize,
+        pieces: &'a [Range<usize>],
+        tiles: &'a mut [Tile],
+        states: &'a mut [RowState],
+    },
     /// The absmax of rows of W.
     Scales(pack::Task<'a>),
 }
@@ -50,22 +67,23 @@ impl Packed {
         super::tiles(&self.pieces)
     }
 
+    /// Make a panel one of zeros.
+    pub(super) fn clear(&mut self, panel: usize) {
+        let tiles = self.tiles_per_panel();
+        self.tiles[panel * tiles..][..tiles].fill(Tile::ZERO);
+    }
+
     /// Piece `i` of a panel.
     pub(super) fn piece(&self, panel: usize, i: usize) -> &[Tile] {
         let first = panel * self.tiles_per_panel() + super::tiles(&self.pieces[..i]);
         &self.tiles[first..][..panel::tiles(steps(&self.pieces[i]))]
     }
 
-    /// What is to be packed, as tasks for several threads; each says which of its rows are refused.
-    pub(super) fn tasks<'a>(&'a mut self, refused: &'a mut [bool]) -> impl Iterator<Item = Task<'a>> {
+    /// What is to be packed, as tasks for several threads; each says how its rows are carried.
+    pub(super) fn tasks<'a>(&'a mut self, states: &'a mut [RowState]) -> impl Iterator<Item = Task<'a>> {
         let (tiles, pieces) = (super::tiles(&self.pieces), &self.pieces[..]);
-        let panels = self.tiles.chunks_exact_mut(tiles).zip(refused.chunks_exact_mut(PANEL)).enumerate();
-        panels.map(move |(i, (tiles, refused))| Task::Panel {
-            first_token: i * PANEL,
-            pieces,
-            tiles,
-            refused,
-        })
+        let panels = self.tiles.chunks_exact_mut(tiles).zip(states.chunks_exact_mut(PANEL)).enumerate();
+        panels.map(move |(i, (tiles, states))| Task::Panel { first_token: i * PANEL, pieces, tiles, states })
     }
 }
 
@@ -73,11 +91,18 @@ impl<T: Element> Product<'_, T> {
     /// Do a task; `uneven` is set where absmax have too little in common.
     pub(super) fn do_task(&self, kernels: &Kernels, pairs: &PairPanels, task: Task<'_>, uneven: &AtomicBool) {
         match task {
-            Task::Panel { first_token, pieces, tiles, refused } => {
+            Task::Panel { first_token, pieces, tiles, states } => {
                 let (depth, tokens) = (self.depth(), (self.tokens - first_token).min(PANEL));
                 let rows = &self.activations[first_token * depth..][..tokens * depth];
                 let tolerance = T::EPSILON * FIXED_TOLERANCE;
-                self.pack_panel(kernels, pairs, (rows, depth), pieces, tolerance, (tiles, refused));
+                let rows = rows.chunks_exact(depth);
+                self.pack_panel(kernels, rows, depth, pieces, tiles, |token, row, prepared| {
+                    if !(pairs.prepare)(row, tolerance, prepared) {
+                        let finite = (pairs.prepare)(row, f32::INFINITY, prepared);
+                        states[token] = if finite { RowState::Twice } else { RowState::Apart };
+                    }
+                    states[token] != RowState::Apart
+                });
             }
             Task::Scales(task) => {
                 let pack::Task::Scales { row, columns, piece, out } = task else { return };
@@ -94,30 +119,56 @@ impl<T: Element> Product<'_, T> {
         }
     }
 
-    /// Up to 32 rows of `width` values → a panel, in the form that the activations' side of the microkernel
-    /// reads. A row that loses more than `tolerance` is refused: zeros take its place.
-    pub(super) fn pack_panel(
+    /// What some rows lose, as rows of a panel of their own; sets `states` where that is refused in turn.
+    pub(super) fn pack_losses(
         &self,
         kernels: &Kernels,
         pairs: &PairPanels,
-        (rows, width): (&[T], usize),
+        tokens: &[usize],
         pieces: &[Range<usize>],
-        tolerance: f32,
-        (tiles, refused): (&mut [Tile], &mut [bool]),
+        (tiles, states): (&mut [Tile], &mut [RowState]),
     ) {
+        let depth = self.depth();
+        let rows = tokens.iter().map(|token| &self.activations[token * depth..][..depth]);
+        self.pack_panel(kernels, rows, depth, pieces, tiles, |i, row, prepared| {
+            (pairs.prepare)(row, f32::INFINITY, prepared);
+            for (values, step) in row.chunks_mut(PREPARED_MULTIPLE).zip(&*prepared) {
+                for (k, value) in values.iter_mut().enumerate() {
+                    let word = (step.pairs[k / 2] >> (16 * (k % 2))) as i16;
+                    let carried = f64::from(word) * f64::from(step.unit[k / 8]) * f64::from(PAIR_SCALE);
+                    *value = (f64::from(*value) - carried) as f32;
+                }
+            }
+            let fits = (pairs.prepare)(row, T::EPSILON * FIXED_TOLERANCE, prepared);
+            states[i] = if fits { RowState::Twice } else { RowState::Apart };
+            fits
+        });
+    }
+
+    /// Up to 32 rows of `width` values → a panel, in the form that the activations' side of the microkernel
+    /// reads. `prepare(index, widened row, result)` brings each into fixed point; where it returns false,
+    /// zeros take the row's place.
+    pub(super) fn pack_panel<'r>(
+        &self,
+        kernels: &Kernels,
+        mut rows: impl Iterator<Item = &'r [T]>,
+        width: usize,
+        pieces: &[Range<usize>],
+        tiles: &mut [Tile],
+        mut prepare: impl FnMut(usize, &mut [f32], &mut [PairStep]) -> bool,
+    ) where
+        T: 'r,
+    {
         let mut wide = Scratch::of::<f32>(width);
         let wide = &mut wide.values_mut()[..width];
         let mut prepared = Scratch::of::<PairStep>(width.div_ceil(PREPARED_MULTIPLE));
         let prepared = &mut prepared.values_mut::<PairStep>()[..width.div_ceil(PREPARED_MULTIPLE)];
-        let mut rows = rows.chunks_exact(width);
-        for (token, refused) in refused.iter_mut().enumerate() {
-            let row = rows.next();
-            if let Some(row) = row {
+        for index in 0..PANEL {
+            let carried = rows.next().is_some_and(|row| {
                 T::widen(kernels, row, wide);
-                *refused |= !(pairs.prepare)(wide, tolerance, prepared);
-            }
-            let zeros = row.is_none() || *refused;
-            let (half, row) = (token / SIDE, token % SIDE);
+                prepare(index, wide, prepared)
+            });
+            let (half, row) = (index / SIDE, index % SIDE);
             let mut first = 0;
             for piece in pieces {
                 let steps = steps(piece);
@@ -130,7 +181,7 @@ impl<T: Element> Product<'_, T> {
                 }
                 for unit in 0..steps.div_ceil(UNIT_STEPS) {
                     let (at, within) = place(piece.start + unit * UNIT);
-                    let value = if zeros { 0.0 } else { prepared[at].unit[within / 8] };
+                    let value = if carried { prepared[at].unit[within / 8] } else { 0.0 };
                     panel::units_mut(panel, steps, unit, half)[row] = value.to_bits();
                 }
             }
