@@ -9,7 +9,8 @@
 //! multiplication"): activations are packed once into panels of 32 tokens; a block of weights, at most
 //! 288 outputs by 128 (f32) or 256 (bf16) of the summed dimension, is decoded into panels that stay in
 //! the second-level cache; a microkernel multiplies panel by panel. The low-rank part is more of the
-//! summed dimension, so LoRA needs no second pass over y. Panels are made of tiles, see `tile.rs`.
+//! summed dimension, so LoRA needs no second pass over y. Panels are made of tiles, see `tile.rs`. For 16-bit
+//! activations on CPUs that multiply words faster than floats, the same in fixed point: `pairs.rs`.
 
 pub mod dense;
 pub mod factors;

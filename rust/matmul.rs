@@ -21,14 +21,15 @@ pub fn write<T: Element>(
     hidden: &mut [T],
     threads: usize,
 ) -> Result<(), Error> {
-    let [few, few_in_bf16] = kernels.few_rows;
+    let [few, few_in_16_bits] = kernels.few_rows;
+    let in_16_bits = in_bf16::<T>(kernels) || size_of::<T>() == 2 && kernels.panels_pairs.is_some();
     if product.direction == Direction::Forward {
-        if product.tokens <= few {
+        if product.tokens <= if in_16_bits { few.min(few_in_16_bits) } else { few } {
             return few_rows::write(product, kernels, out, hidden, threads);
         }
         // Activations that are refused there would be multiplied as f32, which does not pay here.
-        if T::as_bf16(&[]).is_some()
-            && product.tokens <= few_in_bf16
+        if in_16_bits
+            && product.tokens <= few_in_16_bits
             && few_rows::write_in_16_bits(product, kernels, out, hidden, threads)?
         {
             return Ok(());

@@ -166,7 +166,7 @@ pub struct Kernels {
     pub finish_f32: Finish<f32>,
     /// The same, rounded to bf16, to nearest, ties to even.
     pub finish_bf16: Finish<bf16>,
-    /// Up to how many rows of activations `linear_f32` beats panels (f32, then bf16): `crossover.rs`.
+    /// Up to how many rows of activations `linear_f32` beats panels (f32, then 16-bit types): `crossover.rs`.
     pub few_rows: [usize; 2],
     /// One to a few rows of 16-bit activations, where this CPU has an instruction for products of bytes.
     pub few_rows_bytes: Option<FewRowsFixed<ByteStep>>,

@@ -12,8 +12,7 @@ mod pack;
 pub mod panel;
 
 use super::scales::{self, DecodedScales};
-use super::tile::BLOCK_STEPS;
-use super::tile::{PANEL, SIDE, Tile};
+use super::tile::{BLOCK_STEPS, PANEL, SIDE, Tile};
 use super::{BYTES_PER_THREAD, Direction, MOST_TOKENS, Product, block_width};
 use crate::element::Element;
 use crate::error::Error;
@@ -30,7 +29,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 const MOST_TWICE: usize = PANEL / 2;
 
 /// What rows that are computed in f32 at a time, and their results, may take per thread.
-const APART_BYTES: usize = 1 << 20;
+const APART_BYTES: usize = 2 << 20;
 
 /// The summed dimension in pieces of whole units, of nearly one length and [`BLOCK_STEPS`] at most.
 fn cut(length: usize) -> Vec<Range<usize>> {
@@ -52,9 +51,14 @@ fn tiles(pieces: &[Range<usize>]) -> usize {
 
 impl<T: Element> Product<'_, T> {
     /// Write the product as [`Self::write`] does, from activations in fixed point. Returns false where that
-    /// cannot be done, what was written then being worth nothing: for this element type, on this CPU, for
-    /// blocks of 32 or rows that do not start with a block, or (backward) where the absmax of 64 rows of W
-    /// have little in common.
+    /// cannot be done, what was written then being worth nothing: where there is nothing to sum or write, for
+    /// this element type, on this CPU, for blocks of 32 or rows that do not start with a block, or where what
+    /// would share a unit has little in common (`pairs/pack.rs`): values of a factor, or, backward, the absmax
+    /// of 64 rows of W.
+    ///
+    /// Errors are small beside typical results of a row, and beside its large activations even where weights
+    /// of zero hide those. The bottleneck's activations are taken as they are: of one, what is less than 2^-15
+    /// of the largest may be lost.
     ///
     /// # Errors
     /// As [`Self::write`].
@@ -69,10 +73,10 @@ impl<T: Element> Product<'_, T> {
         let (outputs, rank, depth, threads) = (self.outputs(), self.rank(), self.depth(), threads.max(1));
         let fits = size_of::<T>() == 2 && self.matrix.block_size() >= 64 && self.matrix.rows_are_aligned();
         let Some(pairs) = kernels.panels_pairs.as_ref().filter(|_| fits) else { return Ok(false) };
-        if self.tokens * outputs * depth == 0 {
+        if self.tokens * outputs * depth == 0 || !self.factors_are_even(kernels) {
             return Ok(false);
         }
-        // With all the room that rows which are carried twice may take.
+        // With the room that rows which are carried twice may take.
         let panel_bytes = tiles(&cut(depth)) * size_of::<Tile>() * (PANEL + MOST_TWICE) / PANEL;
         let most = (BYTES_PER_THREAD * threads / panel_bytes).clamp(1, MOST_TOKENS / PANEL);
         // Every pass decodes all weights: as few as memory allows, and none of them for a small rest.
@@ -115,6 +119,9 @@ impl<T: Element> Product<'_, T> {
         let mut tasks: Vec<_> = scales.tasks().into_iter().map(Task::Scales).collect();
         tasks.extend(activations.tasks(&mut states));
         parallel::for_each(tasks, threads, |task| self.do_task(kernels, pairs, task, &uneven));
+        if uneven.load(Ordering::Relaxed) {
+            return Ok(false);
+        }
         let mut left = Vec::new();
         for (panel, states) in states.chunks_exact_mut(PANEL).enumerate() {
             if states.iter().filter(|state| **state == RowState::Twice).count() <= MOST_TWICE {
@@ -156,6 +163,8 @@ impl<T: Element> Product<'_, T> {
                 });
             }
         }
+        // Their memory serves the next product.
+        drop((activations, scales));
         let apart: Vec<_> = (0..self.tokens).filter(|&token| states[token] == RowState::Apart).collect();
         self.write_apart(kernels, &apart, out, hidden, threads)?;
         Ok(true)

@@ -1,4 +1,4 @@
-//! AVX2: activations brought into fixed point (`fixed.rs`), as words and, for AVX-512, as pairs.
+//! AVX2: activations brought into fixed point (`fixed.rs`), as words and as pairs; factors, as pairs.
 
 use super::PREPARED_MULTIPLE;
 use super::avx2_linear::sum_of_lanes;

@@ -8,6 +8,7 @@
 use super::Run;
 use super::fixed::{LEVEL_PAIRS, PAIR_SCALE};
 use crate::codebook::LEVELS;
+use crate::gemm::Direction;
 use crate::gemm::pairs::panel::{PairBlock, UNIT_STEPS, tiles, units};
 use crate::gemm::tile::{SIDE, Tile};
 use std::arch::x86_64::*;
@@ -53,6 +54,8 @@ macro_rules! define_multiply {
             let steps = block.steps;
             let [left, right] = panels.map(|panel| &panel[..tiles(steps)]);
             let mut totals = [[_mm256_setzero_ps(); 2]; ROWS];
+            // Sums are multiplied by units of activations first, see `avx512_pairs_gemm.rs`.
+            let rows_first = block.direction == Direction::Backward;
             for unit in 0..steps.div_ceil(UNIT_STEPS) {
                 let mut products = [[_mm256_setzero_si256(); 2]; ROWS];
                 for step in unit * UNIT_STEPS..steps.min((unit + 1) * UNIT_STEPS) {
@@ -84,9 +87,11 @@ macro_rules! define_multiply {
                     // SAFETY: c < 2, so 8 words from 8 * c lie in the row of 16.
                     let of_columns = unsafe { _mm256_load_ps(of_columns.as_ptr().add(8 * c).cast()) };
                     for r in 0..ROWS {
-                        let total = _mm256_mul_ps(_mm256_cvtepi32_ps(products[r][c]), of_columns);
                         let of_row = _mm256_set1_ps(f32::from_bits(left_units[r]));
-                        totals[r][c] = _mm256_fmadd_ps(total, of_row, totals[r][c]);
+                        let (first, second) =
+                            if rows_first { (of_row, of_columns) } else { (of_columns, of_row) };
+                        let total = _mm256_mul_ps(_mm256_cvtepi32_ps(products[r][c]), first);
+                        totals[r][c] = _mm256_fmadd_ps(total, second, totals[r][c]);
                     }
                 }
             }

@@ -30,7 +30,7 @@ static SPREAD_F32: [[u8; 64]; 2] = {
     }
     [first, second]
 };
-pub(super) static SPREAD_BF16: [u8; 64] = spread::<2>();
+pub(super) static SPREAD_WORDS: [u8; 64] = spread::<2>();
 
 /// Two rows' bytes alternate by eights: word i is (first row's weight i, second row's weight i).
 static SPREAD_PAIRS: [u8; 64] = {
@@ -73,7 +73,7 @@ fn bf16_tables(levels: __m512, low: f32, high: f32) -> __m512i {
 /// the table holds its levels twice.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw")]
-pub(super) fn decode_bf16(codes: &[u8; 16], spread: __m512i, table: __m512i) -> __m512i {
+pub(super) fn decode_words(codes: &[u8; 16], spread: __m512i, table: __m512i) -> __m512i {
     // SAFETY: the array holds the 16 bytes that are read.
     let bytes = _mm512_broadcast_i32x4(unsafe { _mm_loadu_si128(codes.as_ptr().cast()) });
     let index = _mm512_srlv_epi16(_mm512_shuffle_epi8(bytes, spread), _mm512_set1_epi32(4));
@@ -91,12 +91,12 @@ fn decode_f32(bytes: __m512i, spread: __m512i, table: __m512) -> __m512 {
 /// Row `row` of a left panel: steps of 32 weights go to consecutive pairs of tiles.
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512bf16")]
 pub(super) fn left_bf16(run: &Run<'_>, row: usize, tiles: &mut [Tile]) {
-    let (half, row, levels, spread) = (row / SIDE, row % SIDE, levels(), load(&SPREAD_BF16));
+    let (half, row, levels, spread) = (row / SIDE, row % SIDE, levels(), load(&SPREAD_WORDS));
     let mut steps = tiles.as_chunks_mut::<2>().0.iter_mut();
     for (codes, &absmax) in run.codes.chunks_exact(run.block_size / 2).zip(run.absmax) {
         let table = bf16_tables(levels, absmax, absmax);
         for (codes, tiles) in codes.as_chunks::<16>().0.iter().zip(&mut steps) {
-            let weights = decode_bf16(codes, spread, table);
+            let weights = decode_words(codes, spread, table);
             // SAFETY: a tile's row is 64 bytes.
             unsafe { _mm512_store_si512(tiles[half].0[row].as_mut_ptr().cast(), weights) };
         }

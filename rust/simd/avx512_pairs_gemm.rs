@@ -5,9 +5,10 @@
 //! twice as many instructions do so per cycle as products of pairs of bf16 on Intel's CPUs.
 
 use super::Run;
-use super::avx512_decode::{SPREAD_BF16, decode_bf16, levels, load, pair_indices};
+use super::avx512_decode::{SPREAD_WORDS, decode_words, levels, load, pair_indices};
 use super::avx512_pairs_linear::multiply_add;
 use super::fixed::{PAIR_SCALE, PAIR_WORDS};
+use crate::gemm::Direction;
 use crate::gemm::pairs::panel::{PairBlock, UNIT_STEPS, tiles, units};
 use crate::gemm::tile::{Group, SIDE, Tile};
 use std::arch::x86_64::*;
@@ -15,18 +16,25 @@ use std::arch::x86_64::*;
 /// See [`super::PairPanels::multiply`].
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,fma")]
 pub(super) fn multiply(block: &PairBlock<'_>, sums: &mut [Tile]) {
-    block.for_each_group(sums, |mut group| match group.columns.div_ceil(SIDE) {
-        1 => pieces::<8, 8, 1>(&mut group, block),
-        2 => pieces::<8, 8, 2>(&mut group, block),
-        3 => pieces::<8, 8, 3>(&mut group, block),
-        _ => pieces::<6, 4, 4>(&mut group, block),
+    let rows_first = block.direction == Direction::Backward;
+    block.for_each_group(sums, |mut group| match (group.columns.div_ceil(SIDE), rows_first) {
+        (1, false) => pieces::<8, 8, 1, false>(&mut group, block),
+        (2, false) => pieces::<8, 8, 2, false>(&mut group, block),
+        (3, false) => pieces::<8, 8, 3, false>(&mut group, block),
+        (_, false) => pieces::<6, 4, 4, false>(&mut group, block),
+        (1, true) => pieces::<8, 8, 1, true>(&mut group, block),
+        (2, true) => pieces::<8, 8, 2, true>(&mut group, block),
+        (3, true) => pieces::<8, 8, 3, true>(&mut group, block),
+        (_, true) => pieces::<6, 4, 4, true>(&mut group, block),
     });
 }
 
-/// Pieces of `MOST` rows, in each tile's last rows of `FEWEST`, by `VECTORS` times 16 columns.
+/// Pieces of `MOST` rows, in each tile's last rows of `FEWEST`, by `VECTORS` times 16 columns. `ROWS_FIRST`:
+/// whether rows are activations. Sums are multiplied by the units of those first, which brings them to a size where
+/// no weight's unit makes infinity of what is none.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,fma")]
-fn pieces<const MOST: usize, const FEWEST: usize, const VECTORS: usize>(
+fn pieces<const MOST: usize, const FEWEST: usize, const VECTORS: usize, const ROWS_FIRST: bool>(
     group: &mut Group<'_>,
     block: &PairBlock<'_>,
 ) {
@@ -35,10 +43,10 @@ fn pieces<const MOST: usize, const FEWEST: usize, const VECTORS: usize>(
         // Rows left in this tile.
         let rest = SIDE - first % SIDE;
         if rest >= MOST {
-            piece::<MOST, VECTORS>(group, first, block);
+            piece::<MOST, VECTORS, ROWS_FIRST>(group, first, block);
             first += MOST;
         } else {
-            piece::<FEWEST, VECTORS>(group, first, block);
+            piece::<FEWEST, VECTORS, ROWS_FIRST>(group, first, block);
             first += FEWEST;
         }
     }
@@ -46,7 +54,7 @@ fn pieces<const MOST: usize, const FEWEST: usize, const VECTORS: usize>(
 
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,fma")]
-fn piece<const ROWS: usize, const VECTORS: usize>(
+fn piece<const ROWS: usize, const VECTORS: usize, const ROWS_FIRST: bool>(
     group: &mut Group<'_>,
     first: usize,
     block: &PairBlock<'_>,
@@ -83,9 +91,10 @@ fn piece<const ROWS: usize, const VECTORS: usize>(
             // SAFETY: as above.
             let of_columns = unsafe { _mm512_load_ps(units(right(v), steps, unit, v % 2).as_ptr().cast()) };
             for r in 0..ROWS {
-                let total = _mm512_mul_ps(_mm512_cvtepi32_ps(products[r][v]), of_columns);
                 let of_row = _mm512_set1_ps(f32::from_bits(left_units[r]));
-                totals[r][v] = _mm512_fmadd_ps(total, of_row, totals[r][v]);
+                let (first, second) = if ROWS_FIRST { (of_row, of_columns) } else { (of_columns, of_row) };
+                let total = _mm512_mul_ps(_mm512_cvtepi32_ps(products[r][v]), first);
+                totals[r][v] = _mm512_fmadd_ps(total, second, totals[r][v]);
             }
         }
     }
@@ -107,11 +116,11 @@ fn piece<const ROWS: usize, const VECTORS: usize>(
 /// See [`super::PairPanels::decode_left`].
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq")]
 pub(super) fn left(codes: &[u8], row: usize, panel: &mut [Tile]) {
-    let (half, row, spread) = (row / SIDE, row % SIDE, load(&SPREAD_BF16));
+    let (half, row, spread) = (row / SIDE, row % SIDE, load(&SPREAD_WORDS));
     // SAFETY: the array holds the 32 bytes that are read.
     let table = _mm512_broadcast_i64x4(unsafe { _mm256_loadu_si256(PAIR_WORDS.as_ptr().cast()) });
     for (codes, step) in codes.as_chunks::<16>().0.iter().zip(panel.as_chunks_mut::<2>().0) {
-        let weights = decode_bf16(codes, spread, table);
+        let weights = decode_words(codes, spread, table);
         // SAFETY: a tile's row is 64 bytes.
         unsafe { _mm512_store_si512(step[half].0[row].as_mut_ptr().cast(), weights) };
     }

@@ -1,5 +1,5 @@
 //! Up to how many rows of activations weights are decoded in registers (`few_rows.rs`), not in blocks
-//! (`gemm.rs`): for f32 and f16, then for bf16.
+//! (`gemm.rs`): for f32, then for 16-bit types that are multiplied as such or in fixed point (measured: bf16).
 //!
 //! Data: `python -m benches.tune --write` measures both ways and writes this file. Each line names the
 //! record of its measurement.

@@ -12,9 +12,16 @@ use crate::simd::{FIXED_TOLERANCE, Kernels, PAIR_SCALE, PREPARED_MULTIPLE, PairP
 use std::ops::Range;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-/// Of 64 rows of W that share a unit, how many may have an absmax so small beside the largest one that their
-/// weights lose more than fixed point may.
-const MOST_SMALL: usize = UNIT / 8;
+/// How many of some absmax that share a unit may be so small that their weights lose more than fixed point may:
+/// they bring as little to results, unless gradients are large where weights are small.
+fn few_of_absmax(count: usize) -> u32 {
+    (count / 8) as u32
+}
+
+/// The same for a factor's values, which are of all sizes; not an outlier beside all the others.
+fn few_of_factor(count: usize) -> u32 {
+    (count * 3 / 4).max(7) as u32
+}
 
 /// How a row of activations is carried in fixed point.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -108,15 +115,40 @@ impl<T: Element> Product<'_, T> {
                 let pack::Task::Scales { row, columns, piece, out } = task else { return };
                 scales::decode(self, kernels, row, &columns, piece, out);
                 let pieces = columns.len() / piece;
-                // A typical weight is 0.4 of its absmax, and rounding it loses 0.29 (root mean square).
-                let smallest = 0.29 / (0.4 * PAIR_SCALE * T::EPSILON * FIXED_TOLERANCE);
+                // A typical weight is 0.4 of its absmax.
+                let smallest = smallest::<T>() / 0.4;
                 if self.direction == Direction::Backward
-                    && !out.chunks(UNIT * pieces).all(|absmax| are_even(absmax, pieces, smallest))
+                    && !out
+                        .chunks(UNIT * pieces)
+                        .all(|absmax| are_even(absmax, pieces, smallest, few_of_absmax))
                 {
                     uneven.store(true, Ordering::Relaxed);
                 }
             }
         }
+    }
+
+    /// Whether the values of both factors have enough in common to share units.
+    pub(super) fn factors_are_even(&self, kernels: &Kernels) -> bool {
+        let Some((first, second)) = self.factors() else { return true };
+        let (outputs, depth, rank) = (self.outputs(), self.depth(), self.rank());
+        // Each as the microkernel has it: [rank, depth] and [outputs, rank] forward, else the other way round.
+        [(first, rank, depth), (second, outputs, rank)].into_iter().all(|(factor, rows, columns)| {
+            let (rows, columns, unit) = match self.direction {
+                Direction::Forward => (rows, columns, 1),
+                Direction::Backward => (columns, rows, UNIT),
+            };
+            let mut values = Scratch::of::<f32>(unit * columns);
+            (0..rows).step_by(unit).all(|row| {
+                let values = &mut values.values_mut()[..unit.min(rows - row) * columns];
+                factor.values.widen(kernels, row * columns, values);
+                if self.direction == Direction::Backward {
+                    return are_even(values, columns, smallest::<T>(), few_of_factor);
+                }
+                // A unit is 64 neighbours.
+                values.chunks(UNIT).all(|unit| is_even(unit, smallest::<T>()))
+            })
+        })
     }
 
     /// What some rows lose, as rows of a panel of their own; sets `states` where that is refused in turn.
@@ -222,7 +254,7 @@ impl<T: Element> Product<'_, T> {
             let mut largest = [0.0_f32; LONGEST_RUN / 32];
             for row in unit * UNIT..piece.len().min((unit + 1) * UNIT) {
                 for (largest, absmax) in largest.iter_mut().zip(runs.absmax(row)) {
-                    *largest = largest.max(*absmax);
+                    *largest = largest.max(absmax.abs());
                 }
             }
             for (i, panel) in panels.chunks_exact_mut(panel_tiles).enumerate() {
@@ -290,27 +322,60 @@ fn place(column: usize) -> (usize, usize) {
     (column / PREPARED_MULTIPLE, column % PREPARED_MULTIPLE)
 }
 
-/// Whether rows of absmax, `pieces` each, may share units: whether few of them are less than `smallest` times
-/// the largest. Rows of zeros lose nothing.
-fn are_even(absmax: &[f32], pieces: usize, smallest: f32) -> bool {
+/// What a value may be, of the largest one that shares its unit, without losing more than fixed point may: words
+/// lose 0.29 (root mean square).
+fn smallest<T: Element>() -> f32 {
+    0.29 / (PAIR_SCALE * T::EPSILON * FIXED_TOLERANCE)
+}
+
+/// Whether up to 64 rows of values, `width` each, may share units, one in each column: whether `few` of them are
+/// less than `smallest` times the largest, in magnitude. Zeros lose nothing. False for what is not finite.
+fn are_even(values: &[f32], width: usize, smallest: f32, few: fn(usize) -> u32) -> bool {
     const MOST: usize = 64;
-    (0..pieces).step_by(MOST).all(|first| {
-        let count = (pieces - first).min(MOST);
-        let rows = || absmax.chunks_exact(pieces).map(|row| &row[first..first + count]);
-        let mut largest = [0.0_f32; MOST];
+    let most = few(values.len() / width.max(1));
+    (0..width).step_by(MOST).all(|first| {
+        let count = (width - first).min(MOST);
+        let rows = || values.chunks_exact(width).map(|row| &row[first..first + count]);
+        let (mut largest, mut small) = ([0; MOST], [0; MOST]);
         for row in rows() {
-            for (largest, absmax) in largest.iter_mut().zip(row) {
-                // NaN stays, to be refused.
-                *largest = if *absmax <= *largest || largest.is_nan() { *largest } else { *absmax };
+            for (largest, value) in largest.iter_mut().zip(row) {
+                *largest = size(*value).max(*largest);
             }
         }
-        let mut small = [0_u32; MOST];
+        let limits = largest.map(|largest| limit(largest, smallest));
         for row in rows() {
-            for ((small, largest), absmax) in small.iter_mut().zip(&largest).zip(row) {
-                *small += u32::from(*absmax > 0.0 && *absmax < smallest * largest);
+            for ((small, limit), value) in small.iter_mut().zip(&limits).zip(row) {
+                *small += u32::from(is_small(*value, *limit));
             }
         }
-        let few = small.iter().all(|small| *small as usize <= MOST_SMALL);
-        few && largest.iter().all(|largest| largest.is_finite())
+        small.iter().all(|small| *small <= most) && largest.iter().all(|largest| *largest < INFINITE)
     })
+}
+
+/// The same for up to 64 values of a factor that share one unit.
+fn is_even(values: &[f32], smallest: f32) -> bool {
+    let largest = values.iter().fold(0, |largest, value| size(*value).max(largest));
+    let limit = limit(largest, smallest);
+    let small: u32 = values.iter().map(|value| u32::from(is_small(*value, limit))).sum();
+    small <= few_of_factor(values.len()) && largest < INFINITE
+}
+
+/// The bits of infinity; those of NaN are above.
+const INFINITE: u32 = f32::INFINITY.to_bits();
+
+/// A magnitude's bits, which order as it does.
+#[inline(always)]
+fn size(value: f32) -> u32 {
+    value.abs().to_bits()
+}
+
+#[inline(always)]
+fn limit(largest: u32, smallest: f32) -> u32 {
+    (f32::from_bits(largest) * smallest).to_bits()
+}
+
+#[inline(always)]
+fn is_small(value: f32, limit: u32) -> bool {
+    // Zero less one is above all of them.
+    size(value).wrapping_sub(1) < limit.saturating_sub(1)
 }

@@ -134,10 +134,57 @@ fn rows_of_weights_that_have_little_in_common_are_no_pairs() {
             assert!(!in_pairs(&layer.product(Direction::Backward, &x[..40 * ROWS]), path, 2).0);
         }
     }
+    // Of nine rows' absmax, two may not be small, and of a factor's values not all but one.
+    let few = |absmax: &[f32], a: &[f32], b: &[f32], path| {
+        let matrix =
+            PackedMatrix::new(&layer.codes[..9 * 32], Scales::Single(absmax), 9, 64, 64).expect("it fits");
+        let low_rank = LowRank { a: Floats::F32(a), b: Floats::F32(b), rank: 2, scaling: 1.0 };
+        [(Direction::Forward, 64), (Direction::Backward, 9)].map(|(direction, depth)| {
+            let (activations, low_rank) = (&x[..40 * depth], Some(low_rank));
+            let product = Product { direction, matrix, activations, tokens: 40, low_rank, bias: None };
+            let (mut out, mut hidden) = (vec![bf16::ZERO; 40 * product.outputs()], vec![bf16::ZERO; 80]);
+            product.write_pairs(path, &mut out, &mut hidden, 2).expect("lengths fit")
+        })
+    };
+    let (even, mut uneven, ones) = ([1.0; 9], [1.0; 9], [1.0; 128]);
+    uneven[..2].fill(1e-3);
+    let mut outliers = ones;
+    outliers[0] = 1e4;
+    for (path, _) in paths() {
+        assert_eq!(few(&even, &ones, &ones[..18], path), [true, true], "{}", path.name);
+        assert_eq!(few(&uneven, &ones, &ones[..18], path), [true, false], "{}", path.name);
+        assert_eq!(few(&even, &outliers, &ones[..18], path), [false, true], "{}", path.name);
+        assert_eq!(few(&even, &ones, &outliers[..18], path), [true, false], "{}", path.name);
+    }
     // Rows of zeros have a unit like any others.
+    let mut layer = Layer::new();
     layer.absmax.fill(0.0);
     for (path, _) in paths() {
         assert!(in_pairs(&layer.product(Direction::Backward, &x[..40 * ROWS]), path, 2).0, "{}", path.name);
+    }
+}
+
+#[test]
+fn huge_weights_times_small_activations_are_finite() {
+    let mut layer = Layer::new();
+    layer.absmax.fill(1e32);
+    for direction in [Direction::Forward, Direction::Backward] {
+        let depth = if direction == Direction::Forward { COLUMNS } else { ROWS };
+        let x = vec![bf16::from_f32(1e-6); 40 * depth];
+        let product = layer.product(direction, &x);
+        for (path, _) in paths() {
+            let (done, out, _) = in_pairs(&product, path, 2);
+            assert!(done, "{}", path.name);
+            let largest = |values: &[u16]| {
+                values.iter().map(|bits| bf16::from_bits(*bits).to_f32().abs()).fold(0.0, f32::max)
+            };
+            let (got, exact) = (largest(&out), largest(&in_f32(&product, path).0));
+            assert!(
+                exact.is_finite() && (got / exact - 1.0).abs() < 0.01,
+                "{}: {got} for {exact}",
+                path.name
+            );
+        }
     }
 }
 
