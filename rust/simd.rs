@@ -225,7 +225,8 @@ pub struct PairPanels {
     /// Two runs of W → row `word` of right panels of `tiles` tiles each: words of weights, `PAIR_SCALE`
     /// for 1, the first run's in the lower halves; no absmax may be above 1.
     pub decode_right: fn(runs: &[Run<'_>; 2], word: usize, tiles: usize, panels: &mut [Tile]),
-    /// As [`factor::left`].
+    /// A row of a factor → row `row` of a left panel of `steps` steps: a unit is the largest magnitude of its 64
+    /// values (NaN if one is not finite), words are `PAIR_SCALE` for it.
     pub factor_left: fn(values: &[f32], row: usize, steps: usize, panel: &mut [Tile]),
     /// As [`factor::right`].
     pub factor_right: fn(values: &[f32], width: usize, steps: usize, panels: &mut [Tile]),

@@ -5,7 +5,8 @@ use super::avx2_linear::sum_of_lanes;
 use super::fixed::{EXPONENTS, LARGEST_SUM, LARGEST_WORD, PAIR_SCALE, UNIT_SIZE, WORD_SCALE};
 use super::fixed::{Loss, PairStep, WordStep, prepare_steps, unit_exponent};
 use crate::gemm::pairs::factor;
-use crate::gemm::tile::Tile;
+use crate::gemm::pairs::panel::{self, UNIT_STEPS};
+use crate::gemm::tile::{SIDE, Tile};
 use std::arch::x86_64::*;
 
 /// Words of a vector.
@@ -45,11 +46,7 @@ fn prepare_pair_step(step: &[f32; PREPARED_MULTIPLE], out: &mut PairStep) -> Los
     for ((values, pairs), out_unit) in units.zip(out.unit.as_chunks_mut::<{ UNIT_SIZE / 8 }>().0) {
         let (unit, integers, of_unit) = prepare_unit::<true>(values);
         for (integers, pairs) in integers.as_chunks::<2>().0.iter().zip(pairs.as_chunks_mut::<8>().0) {
-            // Packing works within 128-bit halves: back in order.
-            let packed = _mm256_packs_epi32(integers[0], integers[1]);
-            let words = _mm256_permute4x64_epi64::<0b11_01_10_00>(packed);
-            // SAFETY: the array holds the 8 pairs that are written.
-            unsafe { _mm256_storeu_si256(pairs.as_mut_ptr().cast(), words) };
+            store_pairs(integers, pairs);
         }
         out_unit.fill(unit / PAIR_SCALE);
         loss += of_unit;
@@ -57,16 +54,63 @@ fn prepare_pair_step(step: &[f32; PREPARED_MULTIPLE], out: &mut PairStep) -> Los
     loss
 }
 
-/// See [`super::PairPanels`].
+/// See [`super::PairPanels::factor_left`].
 #[target_feature(enable = "avx2,fma")]
 pub(super) fn factor_left(values: &[f32], row: usize, steps: usize, panel: &mut [Tile]) {
-    factor::left(values, row, steps, panel);
+    let (half, row) = (row / SIDE, row % SIDE);
+    for unit in 0..steps.div_ceil(UNIT_STEPS) {
+        let of_unit = values.get(unit * UNIT_SIZE..).unwrap_or_default();
+        if of_unit.is_empty() {
+            // Words of a unit that is zero may be anything.
+            panel::units_mut(panel, steps, unit, half)[row] = 0;
+            continue;
+        }
+        let mut padded = [0.0; UNIT_SIZE];
+        let of_unit = of_unit.first_chunk::<UNIT_SIZE>().unwrap_or_else(|| {
+            padded[..of_unit.len()].copy_from_slice(of_unit);
+            &padded
+        });
+        let values: [__m256; 8] = std::array::from_fn(|i| {
+            // SAFETY: i < 8, so 8 floats from 8 * i lie in the array of 64.
+            unsafe { _mm256_loadu_ps(of_unit.as_ptr().add(8 * i)) }
+        });
+        let sign = _mm256_set1_ps(-0.0);
+        // Magnitudes order like their bits, NaN and infinity above all numbers.
+        let sizes = values.map(|value| _mm256_castps_si256(_mm256_andnot_ps(sign, value)));
+        let most = sizes.into_iter().fold(_mm256_setzero_si256(), |a, b| _mm256_max_epi32(a, b));
+        let largest = f32::from_bits(largest_lane(most));
+        let kept = if largest.is_finite() { largest } else { f32::NAN };
+        panel::units_mut(panel, steps, unit, half)[row] = kept.to_bits();
+        let divisor = _mm256_set1_ps(if largest == 0.0 { 1.0 } else { largest });
+        let integers = values.map(|value| {
+            let share = _mm256_div_ps(value, divisor);
+            _mm256_cvtps_epi32(_mm256_mul_ps(share, _mm256_set1_ps(PAIR_SCALE)))
+        });
+        for (step, integers) in (unit * UNIT_STEPS..steps).zip(integers.as_chunks::<4>().0) {
+            let words = panel[2 * step + half].0[row].as_chunks_mut::<8>().0;
+            for (integers, words) in integers.as_chunks::<2>().0.iter().zip(words) {
+                store_pairs(integers, words);
+            }
+        }
+    }
 }
 
-/// See [`super::PairPanels`].
+/// See [`super::PairPanels::factor_right`].
 #[target_feature(enable = "avx2,fma")]
 pub(super) fn factor_right(values: &[f32], width: usize, steps: usize, panels: &mut [Tile]) {
     factor::right(values, width, steps, panels);
+}
+
+/// 16 integers as words, in order.
+#[inline]
+#[target_feature(enable = "avx2")]
+fn store_pairs<T>(integers: &[__m256i; 2], pairs: &mut [T; 8]) {
+    const { assert!(size_of::<T>() == size_of::<u32>(), "a pair of words has 32 bits") };
+    // Packing works within 128-bit halves: back in order.
+    let packed = _mm256_packs_epi32(integers[0], integers[1]);
+    let words = _mm256_permute4x64_epi64::<0b11_01_10_00>(packed);
+    // SAFETY: the array holds the 8 pairs that are written.
+    unsafe { _mm256_storeu_si256(pairs.as_mut_ptr().cast(), words) };
 }
 
 /// A unit, 64 activations as multiples of it, and what that loses. `SUMMED`: whether all their products are

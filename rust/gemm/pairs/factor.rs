@@ -1,30 +1,8 @@
-//! Factors of the low-rank part → panels of pairs, compiled for each CPU path that has such panels.
+//! Factors of the low-rank part → right panels of pairs, compiled for CPU paths that have such panels.
 
-use super::panel::{self, STEP, UNIT, UNIT_STEPS};
+use super::panel::{self, STEP, UNIT_STEPS};
 use crate::gemm::tile::{PANEL, SIDE, Tile};
 use crate::simd::PAIR_SCALE;
-
-/// Row `row` of a left panel of `steps` steps: a unit is the largest magnitude of its 64 values, words are
-/// [`PAIR_SCALE`] for it.
-#[inline(always)]
-pub fn left(values: &[f32], row: usize, steps: usize, panel: &mut [Tile]) {
-    let (half, row) = (row / SIDE, row % SIDE);
-    for unit in 0..steps.div_ceil(UNIT_STEPS) {
-        let mut of_unit = [0.0; UNIT];
-        let rest = values.get(unit * UNIT..).unwrap_or_default();
-        let count = rest.len().min(UNIT);
-        of_unit[..count].copy_from_slice(&rest[..count]);
-        let mut largest = [0.0; SIDE];
-        of_unit.as_chunks::<SIDE>().0.iter().for_each(|values| keep_largest(&mut largest, values));
-        let largest = largest.into_iter().fold(0.0, larger);
-        let divisor = divisor(largest);
-        panel::units_mut(panel, steps, unit, half)[row] = largest.to_bits();
-        for (step, values) in (unit * UNIT_STEPS..steps).zip(of_unit.as_chunks::<STEP>().0) {
-            let pair = |i: usize| word(values[2 * i] / divisor) | word(values[2 * i + 1] / divisor) << 16;
-            panel[2 * step + half].0[row] = std::array::from_fn(pair);
-        }
-    }
-}
 
 /// Right panels of `steps` steps from rows of `width` values: a unit is the largest magnitude of 64 rows in
 /// one column.
