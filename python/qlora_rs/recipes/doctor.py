@@ -22,7 +22,8 @@ PACKAGES = {
 }
 # The instruction sets that decide how fast a CPU multiplies 4-bit weights.
 FEATURES = ("avx2", "fma", "f16c", "avx_vnni", "avx512f", "avx512bw", "avx512vl", "avx512vbmi",
-            "avx512_vnni", "avx512_bf16", "amx_bf16", "asimd", "asimddp", "bf16", "i8mm", "sve")  # fmt: skip
+            "avx512_vnni", "avx512_bf16", "amx_bf16", "asimd", "asimddp", "bf16", "i8mm",
+            "sve")  # fmt: skip
 
 
 def diagnose() -> dict[str, Any]:
