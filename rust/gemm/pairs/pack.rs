@@ -12,6 +12,9 @@ use crate::simd::{FIXED_TOLERANCE, Kernels, PAIR_SCALE, PREPARED_MULTIPLE, PairP
 use std::ops::Range;
 use std::sync::atomic::{AtomicBool, Ordering};
 
+/// Columns of a factor that are looked at together: whole units.
+const FACTOR_COLUMNS: usize = 16 * UNIT;
+
 /// How many of some absmax that share a unit may be so small that their weights lose more than fixed point may:
 /// they bring as little to results, unless gradients are large where weights are small.
 fn few_of_absmax(count: usize) -> u32 {
@@ -138,15 +141,20 @@ impl<T: Element> Product<'_, T> {
                 Direction::Forward => (rows, columns, 1),
                 Direction::Backward => (columns, rows, UNIT),
             };
-            let mut values = Scratch::of::<f32>(unit * columns);
+            let mut scratch = Scratch::of::<f32>(unit * FACTOR_COLUMNS);
             (0..rows).step_by(unit).all(|row| {
-                let values = &mut values.values_mut()[..unit.min(rows - row) * columns];
-                factor.values.widen(kernels, row * columns, values);
-                if self.direction == Direction::Backward {
-                    return are_even(values, columns, smallest::<T>(), few_of_factor);
-                }
-                // A unit is 64 neighbours.
-                values.chunks(UNIT).all(|unit| is_even(unit, smallest::<T>()))
+                (0..columns).step_by(FACTOR_COLUMNS).all(|first| {
+                    let (height, width) = (unit.min(rows - row), FACTOR_COLUMNS.min(columns - first));
+                    let values = &mut scratch.values_mut()[..height * width];
+                    for (i, values) in values.chunks_exact_mut(width).enumerate() {
+                        factor.values.widen(kernels, (row + i) * columns + first, values);
+                    }
+                    if self.direction == Direction::Backward {
+                        return are_even(values, width, smallest::<T>(), few_of_factor);
+                    }
+                    // A unit is 64 neighbours.
+                    values.chunks(UNIT).all(|unit| is_even(unit, smallest::<T>()))
+                })
             })
         })
     }
