@@ -122,29 +122,29 @@ impl<T: Element> Product<'_, T> {
         if uneven.load(Ordering::Relaxed) {
             return Ok(false);
         }
-        let mut left = Vec::new();
+        let mut kept = Vec::new();
         for (panel, states) in states.chunks_exact_mut(PANEL).enumerate() {
             if states.iter().filter(|state| **state == RowState::Twice).count() <= MOST_TWICE {
-                left.push(panel);
+                kept.push(panel);
             } else {
                 states.fill(RowState::Apart);
             }
         }
-        if !left.is_empty() {
+        if !kept.is_empty() {
             let twice: Vec<_> = (0..self.tokens).filter(|&token| states[token] == RowState::Twice).collect();
             let losses = self.pack_all_losses(kernels, pairs, &twice, &mut states, threads);
-            // What rows lose has no low-rank part: a panel of zeros.
+            // The hidden activations of rows include those of their losses, whose panels thus have none: zeros.
             let mut low_rank = Packed::new(cut(self.rank()), panels + 1);
             low_rank.clear(panels);
             let carried = Carried { activations: &activations, losses: &losses, twice: &twice };
             self.write_hidden_pairs(
                 kernels,
                 pairs,
-                (carried, &left),
+                (carried, &kept),
                 (hidden, &mut low_rank, &mut states),
                 threads,
             );
-            let pass = Pass::new(carried, &low_rank, &left, self.tokens);
+            let pass = Pass::new(carried, &low_rank, &kept, self.tokens);
             let columns = Columns::new(&mut *out, self.outputs());
             for (i, range) in ranges.into_iter().enumerate() {
                 if i > 0 {
@@ -238,9 +238,9 @@ impl<T: Element> Product<'_, T> {
                     &weights[2 * pair * panel_tiles..][..block.width.div_ceil(PANEL) * panel_tiles];
                 (pairs.multiply)(&block, sums);
                 sums.chunks_exact_mut(panels * 4)
-                    .for_each(|sums| pass.carried.add_losses(self.direction, pass.left, sums));
+                    .for_each(|sums| pass.carried.add_losses(self.direction, pass.kept, sums));
                 for (i, sums) in sums.as_chunks_mut::<4>().0.iter_mut().enumerate() {
-                    let Some(panel) = pass.left.get(i % panels) else { continue };
+                    let Some(panel) = pass.kept.get(i % panels) else { continue };
                     let first = first + i / panels * PANEL;
                     let bias = self.bias.map(|bias| &bias[outputs.start + first..]);
                     let first_token = panel * PANEL;
@@ -348,31 +348,31 @@ struct Pass<'a> {
     carried: Carried<'a>,
     summands: Vec<Summand<'a>>,
     /// The panels that are not computed apart.
-    left: &'a [usize],
+    kept: &'a [usize],
     /// Rows of all panels.
     tokens: usize,
 }
 
 impl<'a> Pass<'a> {
-    fn new(carried: Carried<'a>, low_rank: &'a Packed, left: &'a [usize], tokens: usize) -> Self {
+    fn new(carried: Carried<'a>, low_rank: &'a Packed, kept: &'a [usize], tokens: usize) -> Self {
         let zeros = tokens.div_ceil(PANEL);
         let of_depth = carried.activations.pieces.iter().enumerate().map(|(i, piece)| {
-            let panels = carried.panels(left.iter().copied(), i);
+            let panels = carried.panels(kept.iter().copied(), i);
             Summand { piece: piece.clone(), of_rank: false, panels }
         });
         let of_rank = low_rank.pieces.iter().enumerate().map(|(i, piece)| {
-            let panels = left.iter().copied().chain((0..carried.loss_panels()).map(|_| zeros));
+            let panels = kept.iter().copied().chain((0..carried.loss_panels()).map(|_| zeros));
             let panels = panels.map(|panel| low_rank.piece(panel, i)).collect();
             Summand { piece: piece.clone(), of_rank: true, panels }
         });
         let summands = of_depth.chain(of_rank).collect();
-        let tokens = left.iter().map(|&panel| (tokens - panel * PANEL).min(PANEL)).sum();
-        Self { carried, summands, left, tokens: carried.tokens(left.len(), tokens) }
+        let tokens = kept.iter().map(|&panel| (tokens - panel * PANEL).min(PANEL)).sum();
+        Self { carried, summands, kept, tokens: carried.tokens(kept.len(), tokens) }
     }
 
     /// Panels of activations and losses.
     fn panels(&self) -> usize {
-        self.left.len() + self.carried.loss_panels()
+        self.kept.len() + self.carried.loss_panels()
     }
 
     /// Tiles of the longest piece's panels.

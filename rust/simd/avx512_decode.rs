@@ -128,14 +128,28 @@ pub(super) fn left_f32(run: &Run<'_>, row: usize, tiles: &mut [Tile]) {
 pub(super) fn right_bf16(runs: &[Run<'_>], word: usize, steps: usize, tiles: &mut [Tile]) {
     let [even, odd] = runs else { return };
     let levels = levels();
+    right_pairs([even, odd], word, steps * 2, tiles, |low, high| bf16_tables(levels, low, high));
+}
+
+/// Two rows of W → row `word` of right panels of `panel_tiles` tiles, the first row in the lower halves.
+/// `tables(first absmax, second absmax)`: both blocks' weights of 16 bits, the first one's below.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq")]
+pub(super) fn right_pairs(
+    [even, odd]: [&Run<'_>; 2],
+    word: usize,
+    panel_tiles: usize,
+    panels: &mut [Tile],
+    tables: impl Fn(f32, f32) -> __m512i,
+) {
     let (step, row) = (word / SIDE * 2, word % SIDE);
-    let mut panels = tiles.chunks_exact_mut(steps * 2);
+    let mut panels = panels.chunks_exact_mut(panel_tiles);
     let bytes = even.block_size / 2;
     let blocks = even.codes.chunks_exact(bytes).zip(even.absmax);
     for ((codes, absmax), (odd_codes, odd_absmax)) in
         blocks.zip(odd.codes.chunks_exact(bytes).zip(odd.absmax))
     {
-        let table = bf16_tables(levels, *absmax, *odd_absmax);
+        let table = tables(*absmax, *odd_absmax);
         let pairs = codes.as_chunks::<16>().0.iter().zip(odd_codes.as_chunks::<16>().0);
         for ((codes, odd_codes), panel) in pairs.zip(&mut panels) {
             for (half, index) in pair_indices(codes, odd_codes).into_iter().enumerate() {
@@ -152,7 +166,7 @@ pub(super) fn right_bf16(runs: &[Run<'_>], word: usize, steps: usize, tiles: &mu
 /// of a vector is (first row's weight i, second row's weight i).
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq")]
-pub(super) fn pair_indices(codes: &[u8; 16], odd_codes: &[u8; 16]) -> [__m512i; 2] {
+fn pair_indices(codes: &[u8; 16], odd_codes: &[u8; 16]) -> [__m512i; 2] {
     let spread = load(&SPREAD_PAIRS);
     // Four weights to a quarter, their shifts: 4, 4 (both rows), 0, 0.
     let shifts = _mm512_set1_epi64(0x4_0004);

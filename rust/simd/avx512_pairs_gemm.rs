@@ -5,7 +5,7 @@
 //! twice as many instructions do so per cycle as products of pairs of bf16 on Intel's CPUs.
 
 use super::Run;
-use super::avx512_decode::{SPREAD_WORDS, decode_words, levels, load, pair_indices};
+use super::avx512_decode::{SPREAD_WORDS, decode_words, levels, load, right_pairs};
 use super::avx512_pairs_linear::multiply_add;
 use super::fixed::{PAIR_SCALE, PAIR_WORDS};
 use crate::gemm::Direction;
@@ -30,8 +30,8 @@ pub(super) fn multiply(block: &PairBlock<'_>, sums: &mut [Tile]) {
 }
 
 /// Pieces of `MOST` rows, in each tile's last rows of `FEWEST`, by `VECTORS` times 16 columns. `ROWS_FIRST`:
-/// whether rows are activations. Sums are multiplied by the units of those first, which brings them to a size where
-/// no weight's unit makes infinity of what is none.
+/// whether rows are activations. Sums are multiplied by the units of those first: that brings them to a size
+/// where no weight's unit makes infinity of what is none.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,fma")]
 fn pieces<const MOST: usize, const FEWEST: usize, const VECTORS: usize, const ROWS_FIRST: bool>(
@@ -129,26 +129,12 @@ pub(super) fn left(codes: &[u8], row: usize, panel: &mut [Tile]) {
 /// See [`super::PairPanels::decode_right`].
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq")]
 pub(super) fn right(runs: &[Run<'_>; 2], word: usize, panel_tiles: usize, panels: &mut [Tile]) {
-    let [even, odd] = runs;
     let scaled = _mm512_mul_ps(levels(), _mm512_set1_ps(PAIR_SCALE));
-    let words = |absmax: f32| _mm512_cvtps_epi32(_mm512_mul_ps(scaled, _mm512_set1_ps(absmax)));
-    let (step, row) = (word / SIDE * 2, word % SIDE);
-    let mut panels = panels.chunks_exact_mut(panel_tiles);
-    let bytes = even.block_size / 2;
-    let blocks = even.codes.chunks_exact(bytes).zip(even.absmax);
-    for ((codes, absmax), (odd_codes, odd_absmax)) in
-        blocks.zip(odd.codes.chunks_exact(bytes).zip(odd.absmax))
-    {
-        let table = _mm512_castsi256_si512(_mm512_cvtepi32_epi16(words(*absmax)));
-        let table = _mm512_inserti64x4::<1>(table, _mm512_cvtepi32_epi16(words(*odd_absmax)));
-        let pairs = codes.as_chunks::<16>().0.iter().zip(odd_codes.as_chunks::<16>().0);
-        for ((codes, odd_codes), panel) in pairs.zip(&mut panels) {
-            for (half, index) in pair_indices(codes, odd_codes).into_iter().enumerate() {
-                let weights = _mm512_permutexvar_epi16(index, table);
-                let out = panel[step + half].0[row].as_mut_ptr();
-                // SAFETY: a tile's row is 64 bytes.
-                unsafe { _mm512_store_si512(out.cast(), weights) };
-            }
-        }
-    }
+    right_pairs(runs.each_ref(), word, panel_tiles, panels, |low, high| {
+        let words = [low, high].map(|absmax| {
+            let weights = _mm512_mul_ps(scaled, _mm512_set1_ps(absmax));
+            _mm512_cvtepi32_epi16(_mm512_cvtps_epi32(weights))
+        });
+        _mm512_inserti64x4::<1>(_mm512_castsi256_si512(words[0]), words[1])
+    });
 }

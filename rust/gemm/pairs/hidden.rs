@@ -22,13 +22,13 @@ struct HiddenPanel<'a, T> {
 }
 
 impl<T: Element> Product<'_, T> {
-    /// Write `hidden` [tokens, rank] = scaling × activations × factor for the panels `left`, and the same
+    /// Write `hidden` [tokens, rank] = scaling × activations × factor for the panels `kept`, and the same
     /// packed; rows that are not finite or too large are to be computed apart.
     pub(super) fn write_hidden_pairs(
         &self,
         kernels: &Kernels,
         pairs: &PairPanels,
-        (carried, left): (Carried<'_>, &[usize]),
+        (carried, kept): (Carried<'_>, &[usize]),
         (hidden, packed, states): (&mut [T], &mut Packed, &mut [RowState]),
         threads: usize,
     ) {
@@ -40,7 +40,7 @@ impl<T: Element> Product<'_, T> {
         let parts = parts.zip(states.chunks_exact_mut(PANEL)).enumerate();
         let panels =
             parts.map(|(index, ((hidden, tiles), states))| HiddenPanel { index, hidden, tiles, states });
-        let mut panels: Vec<_> = panels.filter(|panel| left.binary_search(&panel.index).is_ok()).collect();
+        let mut panels: Vec<_> = panels.filter(|panel| kept.binary_search(&panel.index).is_ok()).collect();
         let share = panels.len().div_ceil(threads).max(1);
         let pieces = &packed.pieces;
         parallel::for_each(panels.chunks_mut(share), threads, |panels| {

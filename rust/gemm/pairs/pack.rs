@@ -27,10 +27,9 @@ fn few_of_factor(count: usize) -> u32 {
 }
 
 /// How a row of activations is carried in fixed point.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum RowState {
     /// As it is.
-    #[default]
     Once,
     /// By two rows, the second of which holds what the first one loses.
     Twice,
@@ -101,6 +100,8 @@ impl<T: Element> Product<'_, T> {
     /// Do a task; `uneven` is set where absmax have too little in common.
     pub(super) fn do_task(&self, kernels: &Kernels, pairs: &PairPanels, task: Task<'_>, uneven: &AtomicBool) {
         match task {
+            // Nothing will be read of it.
+            Task::Panel { .. } if uneven.load(Ordering::Relaxed) => {}
             Task::Panel { first_token, pieces, tiles, states } => {
                 let (depth, tokens) = (self.depth(), (self.tokens - first_token).min(PANEL));
                 let rows = &self.activations[first_token * depth..][..tokens * depth];
