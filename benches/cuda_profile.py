@@ -2,7 +2,7 @@
 
     python -m benches.cuda_profile dequantize_nf4
     python -m benches.cuda_profile quantize_nf4 --dtype float32 --rows 4096 --columns 4096
-    python -m benches.cuda_profile few_rows_nf4 --tokens 8
+    python -m benches.cuda_profile tensor_cores_nf4 --tokens 8
 
 The PTX that NVRTC emits is executed by tests/ptx_emulator, which also refuses races, accesses out
 of bounds and the like. It counts by class, by buffer and by line of the CUDA source; nothing of it
@@ -26,16 +26,21 @@ TESTS = Path(__file__).parent.parent / "tests"
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 SECTOR = 32
 LINES = 20
-KERNELS = ("quantize_nf4", "double_quantize", "dequantize_nf4", "few_rows_nf4")
+KERNELS = (
+    "quantize_nf4", "double_quantize", "dequantize_nf4", "few_rows_nf4", "tensor_cores_nf4"
+)  # fmt: skip
+# Rows of x that products are profiled with, if none are asked for.
+TOKENS = {"few_rows_nf4": 1, "tensor_cores_nf4": 32}
 
 
 def needed_bytes(
-    kernel: str, weight: torch.Tensor, block_size: int = 64, tokens: int = 1
+    kernel: str, weight: torch.Tensor, block_size: int = 64, tokens: int = 0
 ) -> dict[str, int]:
     """Bytes that a kernel must read and write, by parameter, with double quantization.
 
-    weight: [out, in]; tokens: rows of x, for few_rows_nf4.
+    weight: [out, in]; tokens: rows of x, for products; 0: those of TOKENS.
     """
+    tokens = tokens or TOKENS.get(kernel, 0)
     (features, columns), dtype, count = weight.shape, weight.dtype, weight.numel()
     blocks = -(-count // block_size)
     nested = {"nested_absmax": -(-blocks // 256) * 4, "nested_offset": 4}
@@ -47,6 +52,7 @@ def needed_bytes(
         "double_quantize": {"absmax": blocks * 4, "codes": blocks, **nested},
         "dequantize_nf4": {**packed, "out": dense},
         "few_rows_nf4": {**packed, **vectors},
+        "tensor_cores_nf4": {**packed, **vectors},
     }[kernel]
 
 
@@ -54,7 +60,7 @@ def emulate(
     kernel: str,
     weight: torch.Tensor,
     block_size: int = 64,
-    tokens: int = 1,
+    tokens: int = 0,
     schedule: str = "ascending",
     architecture: int = 80,
 ) -> dict[str, Any]:
@@ -70,12 +76,17 @@ def emulate(
     if kernel == "dequantize_nf4":
         gpu.dequantize(packed, weight.dtype, device)
     else:
-        if not 0 < tokens <= gpu.FEW_ROWS or weight.shape[1] % block_size:
+        tokens = tokens or TOKENS[kernel]
+        x = torch.randn(tokens, weight.shape[1]).to(weight.dtype)
+        launch = gpu._in_registers(x, packed)
+        if launch is None or launch.kernel != kernel:
             raise SystemExit(
-                f"few_rows_nf4 takes 1 to {gpu.FEW_ROWS} tokens and rows of whole blocks, got "
-                f"{tokens} and {weight.shape[1]} columns in blocks of {block_size}"
+                f"a product of {tokens} tokens of {weight.dtype} with rows of {weight.shape[1]} "
+                f"weights in blocks of {block_size} is not one of {kernel}; few_rows_nf4 takes 1 "
+                f"to {gpu.FEW_ROWS} tokens, of 16 bits only 1 and 2, tensor_cores_nf4 3 to "
+                f"{gpu.TENSOR_CORES_ROWS[1]} of 16 bits, both rows of whole blocks"
             )
-        gpu.linear(torch.randn(tokens, weight.shape[1]).to(weight.dtype), packed, None, device)
+        gpu.linear(x, packed, None, device)
     return device.results[0].counters
 
 
@@ -160,7 +171,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=1024)
     parser.add_argument("--columns", type=int, default=1024)
     parser.add_argument("--block-size", type=int, default=64)
-    parser.add_argument("--tokens", type=int, default=1, help="rows of x, for few_rows_nf4")
+    parser.add_argument("--tokens", type=int, default=0, help="rows of x, for products")
     parser.add_argument("--schedule", default="ascending", help="descending, ahead, random:SEED")
     parser.add_argument("--architecture", type=int, default=80)
     options = parser.parse_args()

@@ -79,6 +79,13 @@ def variants() -> list[Variant]:
             )
             for rows in kernels.FEW_ROWS_TILES
         ),
+        *(
+            Variant(
+                f"tensor_cores_nf4 bf16 {rows}",
+                kernels.tensor_cores_nf4(rows, 4096, torch.bfloat16, 64, True),
+            )
+            for rows in kernels.TENSOR_CORES_TILES
+        ),
         # The block that a thread holds most of: 128 weights.
         Variant("quantize_nf4 f32 4096", kernels.quantize_nf4(LAYER, torch.float32, 4096, True)),
         Variant("double_quantize", kernels.double_quantize(LAYER // 64)),

@@ -21,7 +21,7 @@ import sys
 import torch
 
 import qlora_rs
-from benches.cuda_profile import DTYPES, KERNELS, emulate, needed_bytes
+from benches.cuda_profile import DTYPES, KERNELS, TOKENS, emulate, needed_bytes
 from benches.gpu_measure import gpu_machine, gpu_slug
 from benches.measure import Table
 from qlora_rs import NF4Linear, kernels
@@ -38,11 +38,17 @@ CONFLICTS = tuple(
 METRICS = (*SECTORS, WAVEFRONTS, *CONFLICTS, INSTRUCTIONS, *DRAM, TIME)
 
 
+def kernels_of(dtype: str) -> list[str]:
+    """Those that take weights or activations of this type."""
+    return [name for name in KERNELS if dtype != "float32" or name != "tensor_cores_nf4"]
+
+
 def run(size: int, dtype: torch.dtype) -> None:
     """What ncu watches."""
     packed = qlora_rs.quantize(torch.randn(size, size, device="cuda").to(dtype))
     packed.dequantize(dtype)
-    NF4Linear(packed)(torch.randn(1, size, device="cuda").to(dtype))
+    for tokens in TOKENS.values():
+        NF4Linear(packed)(torch.randn(tokens, size, device="cuda").to(dtype))
     torch.cuda.synchronize()
 
 
@@ -61,7 +67,7 @@ def measured(size: int, dtype: str) -> dict[str, dict[str, float]]:
         name = re.match(r"\w+", row["Kernel Name"])[0]
         number = float(row["Metric Value"].replace(",", ""))
         found.setdefault(name, {}).setdefault(row["Metric Name"], number)
-    if set(found) != set(KERNELS):
+    if set(found) != set(kernels_of(dtype)):
         raise SystemExit(f"ncu profiled {sorted(found)} only:\n{done.stdout}{done.stderr}")
     return found
 
@@ -92,7 +98,7 @@ def main() -> None:
         about=gpu_machine(),
         folder=gpu_slug(),
     )  # fmt: skip
-    for kernel in KERNELS:
+    for kernel in kernels_of(options.dtype):
         real, count = hardware[kernel], emulate(kernel, weight, architecture=architecture)
         needed = sum(needed_bytes(kernel, weight).values())
         table.row(
@@ -106,7 +112,8 @@ def main() -> None:
     table.say("")
     table.say(
         f"{options.size} x {options.size} of {options.dtype}, caches cleared before each launch, "
-        "few_rows_nf4 with one row of x; sectors of 32 bytes between L1 and L2; "
+        "few_rows_nf4 with 1 row of x, tensor_cores_nf4 (of 16 bits alone) with 32; sectors of 32 "
+        "bytes between L1 and L2; "
         "what stays in L2 at the end is not in DRAM MB"
     )
     if options.record:

@@ -4,13 +4,14 @@
 //! `codebook.rs` by the test below, so that the format's numbers are typed once.
 
 /// File name and text of each source.
-pub const SOURCES: [(&str, &str); 6] = [
+pub const SOURCES: [(&str, &str); 7] = [
     ("codebook.cuh", include_str!("../cuda/codebook.cuh")),
     ("dequantize_nf4.cu", include_str!("../cuda/dequantize_nf4.cu")),
     ("double_quantize.cu", include_str!("../cuda/double_quantize.cu")),
     ("few_rows_nf4.cu", include_str!("../cuda/few_rows_nf4.cu")),
     ("floats.cuh", include_str!("../cuda/floats.cuh")),
     ("quantize_nf4.cu", include_str!("../cuda/quantize_nf4.cu")),
+    ("tensor_cores_nf4.cu", include_str!("../cuda/tensor_cores_nf4.cu")),
 ];
 
 #[cfg(test)]

@@ -25,6 +25,7 @@ FILLED = {
     "double_quantize": (4, 5, 6),
     "dequantize_nf4": (7,),
     "few_rows_nf4": (13,),
+    "tensor_cores_nf4": (13,),
 }
 ADDED_TO = {"quantize_nf4": (4, 5)}
 
@@ -58,12 +59,14 @@ def sums_of_mantissas(absmax: np.ndarray) -> np.ndarray:
 
 
 class EmulatedGPU:
-    """Call it with a launch and its arguments; `results` keeps what each launch counted."""
+    """Call it with a launch and its arguments; `results` keeps what each launch counted, `kernels`
+    the names."""
 
     def __init__(self, schedule: str = "ascending", architecture: int = 80, **options: Any) -> None:
         self.architecture = architecture
         self.options = {"schedule": schedule, **options}
         self.results: list[Result] = []
+        self.kernels: list[str] = []
 
     def __call__(self, launch: Launch, *arguments: Tensor | int | None) -> None:
         written: list[Tensor] = []
@@ -91,3 +94,4 @@ class EmulatedGPU:
         for tensor, content in zip(written, result.arrays, strict=True):
             as_array(tensor)[:] = content
         self.results.append(result)
+        self.kernels.append(launch.kernel)

@@ -50,6 +50,10 @@ def few_rows(name: str, old: str, new: str, found_by: str = BYTES) -> Mutant:
     return Mutant("few_rows_nf4", name, old, new, found_by)
 
 
+def tensor_cores(name: str, old: str, new: str, found_by: str = BYTES) -> Mutant:
+    return Mutant("tensor_cores_nf4", name, old, new, found_by)
+
+
 SYNC = "    __syncthreads();\n"
 MUTANTS = (
     quantize(
@@ -229,6 +233,77 @@ MUTANTS = (
     ),
     few_rows("half of the rank", "r < rank; r += 32", "r < rank; r += 64"),
     few_rows("another row's bias", "widen(bias[feature])", "widen(bias[first])"),
+    tensor_cores(
+        "no barrier after the tables", f"#endif\n{SYNC}", "#endif\n", "race or uninitialised"
+    ),
+    tensor_cores(
+        "no barrier before the sums replace the tables",
+        f"each thread adds some up.\n{SYNC}",
+        "each thread adds some up.\n",
+        "race",
+    ),
+    tensor_cores(
+        "no barrier before sums are added up",
+        f"__float_as_uint(sums[i][n][k]);\n{SYNC}",
+        "__float_as_uint(sums[i][n][k]);\n",
+        "race or uninitialised",
+    ),
+    tensor_cores(
+        "nibbles swapped",
+        "narrow(__fmul_rn(LEVEL_SCALE, high)",
+        "narrow(__fmul_rn(LEVEL_SCALE, low)",
+    ),
+    tensor_cores("bytes in another order", "word >> (8 * i - 7)", "word >> (8 * (4 - i) - 7)"),
+    tensor_cores("rows of a tile swapped", "byte % 2 * 2 + j]", "byte % 2 * 2 + 1 - j]"),
+    tensor_cores(
+        "columns in another order",
+        "xs[2 * step], xs[2 * step + 1]",
+        "xs[2 * step + 1], xs[2 * step]",
+    ),
+    tensor_cores(
+        "absmax of another chunk of the run",
+        "4 * at.group + chunk % RUN",
+        "4 * at.group + (chunk + 1) % RUN",
+    ),
+    tensor_cores("absmax of another row", "scale[i][k / 2]", "scale[i][k % 2]"),
+    tensor_cores(
+        "absmax of the first run for all", "if (first % RUN == 0)", "if (first < WARPS * RUN)"
+    ),
+    tensor_cores(
+        "the first group for all", "nested_absmax[block / NESTED_BLOCK]", "nested_absmax[0]"
+    ),
+    tensor_cores("chunks past the end are added", "if (chunk < chunks) {", "{"),
+    tensor_cores("half of the runs", "? 0 : (WARPS - 1) * RUN", "? 0 : (2 * WARPS - 1) * RUN"),
+    tensor_cores(
+        "rows beyond the last are read",
+        "min(at.row + 8 * n + at.group, last_row)",
+        "(at.row + 8 * n + at.group)",
+        "out-of-bounds",
+    ),
+    tensor_cores(
+        "features beyond the last are read",
+        "min(at.feature + 16 * i + 8 * j + at.group, last_feature)",
+        "(at.feature + 16 * i + 8 * j + at.group)",
+        "out-of-bounds",
+    ),
+    tensor_cores("rows beyond the last are written", "(row <= last_row && ", "(", "out-of-bounds"),
+    tensor_cores(
+        "features beyond the last are written",
+        "row <= last_row && feature <= last_feature",
+        "row <= last_row",
+        "other bytes or out-of-bounds",
+    ),
+    tensor_cores(
+        "the next row's factors",
+        "first < end ? matrix[first] : 0u",
+        "matrix[first]",
+        "out-of-bounds",
+    ),
+    tensor_cores("warps share ranks", "first = end.warp * 16", "first = end.warp * 8"),
+    tensor_cores("another row's bias", "widen(bias[feature])", "widen(bias[end.feature])"),
+    tensor_cores(
+        "one warp's sums left out", "other = 1; other < WARPS", "other = 2; other < WARPS"
+    ),
 )
 
 
@@ -277,7 +352,9 @@ def checked(kernel: str) -> str | None:
     device = EmulatedGPU()
     try:
         if kernel == "few_rows_nf4":
-            return check_products(device)
+            return check_products(device, torch.float32, ((1, 67), (3, 67), (7, 13)))
+        if kernel == "tensor_cores_nf4":
+            return check_products(device, torch.float16, ((3, 13), (9, 67), (17, 37), (33, 35)))
         for (weight, block_size), parts in zip(weights(), expected(), strict=True):
             if kernel != "dequantize_nf4":
                 found = gpu.quantize(weight, block_size, True, device)
@@ -319,30 +396,38 @@ def check_rows(packed: Packed, device: EmulatedGPU) -> str | None:
     return None if torch.equal(found, cpu.dequantize(packed, torch.float32)[step:]) else BYTES
 
 
-def check_products(device: EmulatedGPU) -> str | None:
-    """Single weights, picked by a one in x, to the bit; and whole products."""
+def check_products(
+    device: EmulatedGPU, dtype: torch.dtype, shapes: tuple[tuple[int, int], ...]
+) -> str | None:
+    """Single weights, picked by a one in x, to the bit in float32; and whole products."""
     generator = torch.Generator().manual_seed(0)
-    for rows, features in ((1, 67), (3, 67), (7, 13)):
-        weight = torch.randn(features, 320, generator=generator)
+    tolerance = {torch.float32: 1e-5, torch.float16: 2e-3}[dtype]
+    columns = {torch.float32: 320, torch.float16: 2368}[dtype]
+    for rows, features in shapes:
+        weight = torch.randn(features, columns, generator=generator)
         packed = Packed(*qlora_rs.quantize(weight).arguments())
-        picked = torch.eye(320)[torch.randperm(320, generator=generator)[:rows]]
+        picked = torch.eye(columns)[torch.randperm(columns, generator=generator)[:rows]]
         values = cpu.dequantize(packed, torch.float32)
-        if not torch.equal(gpu.linear(picked, packed, None, device), picked @ values.t()):
+        found, exact = gpu.linear(picked.to(dtype), packed, None, device), picked @ values.t()
+        close = {"rtol": 0 if dtype == torch.float32 else 1.5e-3, "atol": 0}
+        if not torch.allclose(found.float(), exact, **close):
             return BYTES
         x, bias, lora_a, lora_b = (
-            torch.randn(shape, generator=generator)
-            for shape in ((rows, 320), (features,), (40, 320), (features, 40))
+            torch.randn(shape, generator=generator).to(dtype)
+            for shape in ((rows, columns), (features,), (40, columns), (features, 40))
         )
         low_rank = cpu.LowRank(lora_a, lora_b, 1.0)
         found, hidden = gpu.lora_linear(x, packed, low_rank, bias, device)
         exact = x.double() @ values.double().t() + hidden.double() @ lora_b.double().t() + bias
-        if not torch.allclose(found.double(), exact, rtol=0, atol=1e-5 * float(exact.abs().max())):
+        atol = tolerance * float(exact.abs().max())
+        if not torch.allclose(found.double(), exact, rtol=0, atol=atol):
             return BYTES
     return None
 
 
 @pytest.mark.parametrize(
-    "kernel", ["quantize_nf4", "double_quantize", "dequantize_nf4", "few_rows_nf4"]
+    "kernel",
+    ["quantize_nf4", "double_quantize", "dequantize_nf4", "few_rows_nf4", "tensor_cores_nf4"],
 )
 def test_the_kernels_themselves_pass(kernel: str) -> None:
     assert checked(kernel) is None

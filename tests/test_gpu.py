@@ -108,12 +108,12 @@ def test_a_graph_captures_quantizing_and_replays_it() -> None:
     assert bool(packed.dequantize()[3, :64].isnan().any())
 
 
-@pytest.mark.parametrize("rows", [1, 2, 3, 8, 9, 33])
+@pytest.mark.parametrize("rows", [1, 2, 3, 8, 9, 17, 33, 128, 129])
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 def test_products_of_few_and_of_more_rows_are_those_of_float64(
     dtype: torch.dtype, rows: int
 ) -> None:
-    # Whole passes of the kernel of few rows, and a rest.
+    # Whole passes of the kernels that decode in registers, and a rest.
     packed = qlora_rs.quantize(torch.randn(1000, 3136, device=GPU))
     x, bias, lora_a, lora_b = (
         torch.randn(shape, device=GPU).to(dtype)
@@ -126,10 +126,16 @@ def test_products_of_few_and_of_more_rows_are_those_of_float64(
     assert float((y - exact).abs().max() / exact.abs().max()) < tolerance
 
 
-@pytest.mark.parametrize("rows", [8, 33], ids=["few rows", "chunks"])
-def test_a_graph_captures_decoding_and_products_and_replays_them(rows: int) -> None:
+@pytest.mark.parametrize(
+    ("rows", "dtype"),
+    [(8, torch.float32), (33, torch.bfloat16), (33, torch.float32)],
+    ids=["few rows", "tensor cores", "chunks"],
+)
+def test_a_graph_captures_decoding_and_products_and_replays_them(
+    rows: int, dtype: torch.dtype
+) -> None:
     packed = qlora_rs.quantize(torch.randn(256, 512, device=GPU))
-    x = torch.randn(rows, 512, device=GPU)
+    x = torch.randn(rows, 512, device=GPU).to(dtype)
     qlora_rs.linear(x, packed)  # loads the kernels, as torch's notes on graphs advise
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
@@ -138,6 +144,18 @@ def test_a_graph_captures_decoding_and_products_and_replays_them(rows: int) -> N
     x.copy_(torch.randn(rows, 512))
     graph.replay()
     assert torch.equal(y, qlora_rs.linear(x, packed))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_a_row_on_tensor_cores_has_the_same_bytes_whatever_rows_are_beside_it(
+    dtype: torch.dtype,
+) -> None:
+    packed = qlora_rs.quantize(torch.randn(4096, 4096, device=GPU))
+    x = torch.randn(128, 4096, device=GPU).to(dtype)
+    together = qlora_rs.linear(x, packed)
+    for count in (3, 9, 17, 33, 65):
+        for _ in range(20):
+            assert torch.equal(qlora_rs.linear(x[:count], packed), together[:count])
 
 
 def test_threads_of_their_own_compute_the_same() -> None:

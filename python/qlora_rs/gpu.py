@@ -4,10 +4,11 @@ Every function takes tensors of one device and the `launcher` that starts kernel
 one that executes the kernels' PTX without a GPU, so all of this file runs in them.
 
 Products of few rows of activations run in one kernel, which decodes in registers and adds an
-adapter's share (`cuda/few_rows_nf4.cu`). Others decode some rows of the weight at a time,
-`CHUNK_BYTES` at most (but at least `CHUNK_ROWS`, and the rows between two that begin a block), and
-multiply those with torch's matmul. Sums are float32 within a chunk. Forward, a chunk holds whole
-sums; backward, dX is rounded to its dtype once per chunk.
+adapter's share: on tensor cores from 3 rows of 16 bits on (`cuda/tensor_cores_nf4.cu`), else in
+float32 (`cuda/few_rows_nf4.cu`). Others decode some rows of the weight at a time, `CHUNK_BYTES` at
+most (but at least `CHUNK_ROWS`, and the rows between two that begin a block), and multiply those
+with torch's matmul. Sums are float32 within a chunk. Forward, a chunk holds whole sums; backward,
+dX is rounded to its dtype once per chunk.
 """
 
 from __future__ import annotations
@@ -21,21 +22,21 @@ from torch import Tensor
 from qlora_rs import _rust, kernels
 from qlora_rs.cpu import LowRank, Packed, plain
 from qlora_rs.errors import QloraError
-from qlora_rs.kernels import Launcher
+from qlora_rs.kernels import Launch, Launcher
 
 NESTED_BLOCK = 256
-# Decoded weights that a product holds at any one time: at most CHUNK_BYTES, and of a matrix larger
-# than WHOLE_BYTES about half. Each chunk is two launches from Python.
+# Decoded weights that a product holds at any one time. Each chunk is two launches from Python.
 CHUNK_BYTES = 48 << 20
-WHOLE_BYTES = 16 << 20
 # A chunk has a multiple of so many rows: cuBLAS wants results that begin at a multiple of 16 bytes,
 # and its tiles have 128 rows.
 CHUNK_ROWS = 128
 # Products of so many rows of activations at most decode in registers, where every row of W begins a
-# block.
+# block: on tensor cores those of 16 bits, in float32 those of all types.
+TENSOR_CORES_ROWS = (3, max(kernels.TENSOR_CORES_TILES))
 FEW_ROWS = max(kernels.FEW_ROWS_TILES)
-# There the kernel counts in 32 bits: features, and columns of so many rows.
+# The kernels count in 32 bits: features, and columns of so many rows; all elements of a matrix.
 MOST_FEATURES, MOST_COLUMNS = 1 << 31, (1 << 31) // FEW_ROWS
+MOST_ELEMENTS = 1 << 32
 # Sums of mantissas for each exponent of float32, then what was refused: 64 bits each.
 _EXPONENTS = 254
 
@@ -163,7 +164,7 @@ def chunk_rows(packed: Packed, dtype: torch.dtype) -> int:
     # A float64 chunk stands beside the float32 one that it is made of.
     row_bytes = max(packed.in_features, 1) * (12 if dtype == torch.float64 else dtype.itemsize)
     total = packed.out_features * row_bytes
-    chunks = max(-(-total // CHUNK_BYTES), 2 if total > WHOLE_BYTES else 1)
+    chunks = max(-(-total // CHUNK_BYTES), 1)
     step = math.lcm(row_step(packed), CHUNK_ROWS)
     even = -(-packed.out_features // (chunks * step)) * step
     most = CHUNK_BYTES // row_bytes // step * step
@@ -186,17 +187,33 @@ def _chunks(
         yield slice(start, end), dequantize_rows(packed, start, end, dtype, launcher)
 
 
-def _suits_few_rows(x: Tensor, packed: Packed) -> bool:
-    return (
-        0 < x.shape[0] <= FEW_ROWS
+def _in_registers(x: Tensor, packed: Packed, rank: int = 0) -> Launch | None:
+    """The launch of the whole product x Wᵀ with an adapter of this rank, if a kernel suits it."""
+    (rows, columns), features = x.shape, packed.out_features
+    if min(rows, columns, features) == 0 or columns % packed.block_size:
+        return None
+    nested = packed.nested_absmax is not None
+    sizes = (rows, features, x.dtype, packed.block_size, nested)
+    fewest, most = TENSOR_CORES_ROWS
+    if (
+        fewest <= rows <= most
+        and x.dtype.itemsize == 2
+        and packed.block_size % kernels.TENSOR_CORES_COLUMNS == 0
+        and max(rows, features) * max(columns, rank) < MOST_ELEMENTS
+    ):
+        return kernels.tensor_cores_nf4(*sizes)
+    if (
+        rows <= FEW_ROWS
         and x.dtype != torch.float64
-        and 0 < packed.out_features < MOST_FEATURES
-        and 0 < packed.in_features < MOST_COLUMNS
-        and packed.in_features % packed.block_size == 0
-    )
+        and features < MOST_FEATURES
+        and columns < MOST_COLUMNS
+    ):
+        return kernels.few_rows_nf4(*sizes)
+    return None
 
 
-def _few_rows(
+def _one_launch(
+    launch: Launch,
     x: Tensor,
     packed: Packed,
     bias: Tensor | None,
@@ -204,13 +221,13 @@ def _few_rows(
     hidden: Tensor | None = None,
     lora_b: Tensor | None = None,
 ) -> Tensor:
-    """y = x Wᵀ + hidden lora_bᵀ + bias in one launch; parts that are `_ready`."""
+    """y = x Wᵀ + hidden lora_bᵀ + bias by a kernel that decodes in registers; `_ready` parts."""
     (rows, columns), features = x.shape, packed.out_features
-    nested = packed.nested_absmax is not None
     y = x.new_empty((rows, features))
     launcher(
-        kernels.few_rows_nf4(rows, features, x.dtype, packed.block_size, nested),
-        *packed[:5],
+        launch,
+        _aligned(packed.codes, 8),
+        *packed[1:5],
         _aligned(x, 16),
         rows,
         features,
@@ -229,8 +246,9 @@ def linear(
 ) -> Tensor:
     """y [rows, out] = x [rows, in] Wᵀ + bias."""
     packed = _ready(packed)
-    if _suits_few_rows(x, packed):
-        return _few_rows(x, packed, bias, launcher)
+    launch = _in_registers(x, packed)
+    if launch is not None:
+        return _one_launch(launch, x, packed, bias, launcher)
     y = x.new_empty((x.shape[0], packed.out_features))
     for features, weight in _chunks(packed, x.dtype, launcher):
         if bias is None:
@@ -270,9 +288,11 @@ def lora_linear(
 ) -> tuple[Tensor, Tensor]:
     """y = x Wᵀ + hidden Bᵀ + bias and hidden = scaling x Aᵀ."""
     lora_a, lora_b = (matrix.to(x.dtype) for matrix in low_rank[:2])
-    if _suits_few_rows(x, packed):
+    launch = _in_registers(x, packed, lora_a.shape[0])
+    if launch is not None:
         hidden = _product(x, lora_a.t()).mul_(low_rank.scaling)
-        return _few_rows(x, _ready(packed), bias, launcher, hidden, plain(lora_b)), hidden
+        factors = (hidden, plain(lora_b))
+        return _one_launch(launch, x, _ready(packed), bias, launcher, *factors), hidden
     y = linear(x, packed, bias, launcher)
     hidden = _product(x, lora_a.t()).mul_(low_rank.scaling)
     return y.addmm_(hidden, lora_b.t()), hidden

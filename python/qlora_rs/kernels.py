@@ -7,7 +7,7 @@ is what launches.
 `launch` compiles for the device at hand (once per machine: `kernel_cache.py`), loads with CuPy and
 starts the kernel on torch's current stream. Tensors are allocated by torch; nothing is allocated or
 waited for here, so a CUDA graph can capture it, once the kernel was launched before the capture.
-Products of 1, 2, up to 4, up to 8 and of more rows are different kernels.
+Products of 1, 2, and of up to 4, 8, 16, 32, 128 and more rows are different kernels.
 """
 
 from __future__ import annotations
@@ -33,6 +33,16 @@ TILES = (1 << 13, 1 << 15)
 LARGE_MATRIX = 1 << 24
 # By rows of x per warp: its rows of W, and the steps that it loads ahead. Chosen on an H100.
 FEW_ROWS_TILES = {1: (2, 8), 2: (2, 8), 4: (2, 8), 8: (2, 2)}
+# By rows of x at most: tiles of 16 rows of W and of 8 rows of x that a CTA computes, its warps, the
+# chunks that a warp has in flight, and the CTAs that a multiprocessor holds. Chosen on an H100.
+TENSOR_CORES_TILES = {
+    8: (1, 1, 8, 1, 4),
+    16: (2, 2, 8, 1, 2),
+    32: (2, 4, 8, 2, 1),
+    128: (2, 4, 8, 1, 2),
+}
+# What a warp multiplies at a time has one absmax: so many columns.
+TENSOR_CORES_COLUMNS = 64
 # A warp each.
 NESTED_GROUPS_PER_CTA = THREADS // 32
 # The kernels convert with instructions of compute capability 8.0 (A100 and newer).
@@ -134,6 +144,31 @@ def few_rows_nf4(
         ("DOUBLE_QUANT", str(int(double_quant))),
     )
     return Launch("few_rows_nf4", constants, -(-features // (THREADS // 32 * outputs)))
+
+
+@functools.lru_cache(1024)
+def tensor_cores_nf4(
+    rows: int, features: int, dtype: torch.dtype, block_size: int, double_quant: bool
+) -> Launch:
+    """`cuda/tensor_cores_nf4.cu` for x [rows, in] of 16 bits, 128 rows at most, and W [out, in].
+
+    >>> tensor_cores_nf4(100, 4096, torch.bfloat16, 64, True).grid
+    256
+    """
+    at_once = next(size for size in TENSOR_CORES_TILES if size >= rows)
+    w_tiles, x_tiles, warps, unroll, ctas = TENSOR_CORES_TILES[at_once]
+    constants = (
+        ("FLOAT", _FLOATS[dtype]),
+        ("BLOCK_SIZE", str(block_size)),
+        ("W_TILES", str(w_tiles)),
+        ("X_TILES", str(x_tiles)),
+        ("WARPS", str(warps)),
+        ("UNROLL", str(unroll)),
+        ("CTAS", str(ctas)),
+        ("DOUBLE_QUANT", str(int(double_quant))),
+    )
+    grid = -(-features // (16 * w_tiles)) * -(-rows // (8 * x_tiles))
+    return Launch("tensor_cores_nf4", constants, grid, 32 * warps)
 
 
 def _text(name: str) -> str:
