@@ -301,47 +301,79 @@ unsafe fn tile<const R: usize, const M: usize, const TAIL: bool>(
     // SAFETY: the array holds the 16 floats that are read.
     let levels = unsafe { _mm512_loadu_ps(LEVELS.as_ptr()) };
     let (codes_of, scales_of) = (Codes::<R, TAIL>::new(strip, rows), Scales::<R, TAIL>::new(strip, rows));
-    let prepared = strip.columns.next_multiple_of(PREPARED_MULTIPLE);
+    let steps = strip.columns.div_ceil(PREPARED_MULTIPLE);
     let mut sums = [[_mm512_setzero_ps(); M]; R];
-    for step in 0..prepared / PREPARED_MULTIPLE {
-        codes_of.fetch_streams(step);
-        let mut codes: [__m512i; R] = std::array::from_fn(|r| codes_of.load(r, step));
-        let scales: [__m512; R] = std::array::from_fn(|r| {
-            // SAFETY: the caller's lengths, and a step of the rows.
-            unsafe { scales_of.load(r, step) }
-        });
-        // Scaling a step's sums is cheaper than scaling its weights, where registers hold both.
-        let sums_are_scaled = M < MOST_TOKENS;
-        let mut partial = [[_mm512_setzero_ps(); M]; R];
-        for nibble in 0..8 {
-            let mut activations = [_mm512_setzero_ps(); M];
-            for m in 0..M {
-                // SAFETY: token m's prepared row holds this step's 128 floats.
-                let at = unsafe { x.as_ptr().add(m * prepared + step * PREPARED_MULTIPLE + nibble * 16) };
-                // SAFETY: as above.
-                activations[m] = unsafe { _mm512_loadu_ps(at) };
-            }
-            for r in 0..R {
-                let mut weights = _mm512_permutexvar_ps(codes[r], levels);
-                codes[r] = _mm512_srli_epi32::<4>(codes[r]);
-                let sums = if sums_are_scaled { &mut partial[r] } else { &mut sums[r] };
-                if !sums_are_scaled {
-                    weights = _mm512_mul_ps(weights, scales[r]);
-                }
-                for m in 0..M {
-                    sums[m] = _mm512_fmadd_ps(weights, activations[m], sums[m]);
-                }
-            }
+    // Behind the codes of all steps but the last are more of the row's.
+    let followed = if TAIL { 0 } else { steps - 1 };
+    for step in 0..followed {
+        // SAFETY: the caller's lengths, and a step that another follows.
+        unsafe { add_step::<R, M, TAIL, true>(x, (&codes_of, &scales_of), levels, step..steps, &mut sums) };
+    }
+    for step in followed..steps {
+        // SAFETY: the caller's lengths.
+        unsafe { add_step::<R, M, TAIL, false>(x, (&codes_of, &scales_of), levels, step..steps, &mut sums) };
+    }
+    store_sums(&sums, rows, strip.tokens, out);
+}
+
+/// Adds the products of the first of the `steps` that are left, out of all whose number is the range's
+/// end. `FOLLOWED`: another one follows, so that the codes can be read from one, two and three bytes further
+/// on, too: this brings the low nibble of another byte into the low bits without a shift.
+///
+/// # Safety
+/// As [`tile`], for a step of the rows; one that is `FOLLOWED` is not the last.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,fma")]
+unsafe fn add_step<const R: usize, const M: usize, const TAIL: bool, const FOLLOWED: bool>(
+    x: &[f32],
+    (codes_of, scales_of): (&Codes<'_, R, TAIL>, &Scales<'_, R, TAIL>),
+    levels: __m512,
+    steps: std::ops::Range<usize>,
+    sums: &mut [[__m512; M]; R],
+) {
+    let (step, prepared) = (steps.start, steps.end * PREPARED_MULTIPLE);
+    codes_of.fetch_streams(step);
+    let mut codes: [__m512i; R] = std::array::from_fn(|r| codes_of.load(r, step));
+    let scales: [__m512; R] = std::array::from_fn(|r| {
+        // SAFETY: the caller's lengths, and a step of the rows.
+        unsafe { scales_of.load(r, step) }
+    });
+    // Scaling a step's sums is cheaper than scaling its weights, where registers hold both.
+    let sums_are_scaled = M < MOST_TOKENS;
+    let mut partial = [[_mm512_setzero_ps(); M]; R];
+    for nibble in 0..8 {
+        let mut activations = [_mm512_setzero_ps(); M];
+        for m in 0..M {
+            // SAFETY: token m's prepared row holds this step's 128 floats.
+            let at = unsafe { x.as_ptr().add(m * prepared + step * PREPARED_MULTIPLE + nibble * 16) };
+            // SAFETY: as above.
+            activations[m] = unsafe { _mm512_loadu_ps(at) };
         }
-        if sums_are_scaled {
-            for r in 0..R {
-                for m in 0..M {
-                    sums[r][m] = _mm512_fmadd_ps(partial[r][m], scales[r], sums[r][m]);
-                }
+        for r in 0..R {
+            if FOLLOWED && nibble > 0 && nibble % 2 == 0 {
+                // SAFETY: the 64 bytes end before those of the step that follows.
+                codes[r] = unsafe { _mm512_loadu_si512(codes_of.place(r, step).add(nibble / 2).cast()) };
+            }
+            let mut weights = _mm512_permutexvar_ps(codes[r], levels);
+            if !FOLLOWED || nibble % 2 == 0 {
+                codes[r] = _mm512_srli_epi32::<4>(codes[r]);
+            }
+            let sums = if sums_are_scaled { &mut partial[r] } else { &mut sums[r] };
+            if !sums_are_scaled {
+                weights = _mm512_mul_ps(weights, scales[r]);
+            }
+            for m in 0..M {
+                sums[m] = _mm512_fmadd_ps(weights, activations[m], sums[m]);
             }
         }
     }
-    store_sums(&sums, rows, strip.tokens, out);
+    if sums_are_scaled {
+        for r in 0..R {
+            for m in 0..M {
+                sums[r][m] = _mm512_fmadd_ps(partial[r][m], scales[r], sums[r][m]);
+            }
+        }
+    }
 }
 
 /// Write `sums[r][token]`, summed over their lanes, to row `rows[r]` of `out`.

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import secrets
 import shutil
@@ -31,6 +32,8 @@ from qlora_rs.quantize import PackedWeight
 from qlora_rs.recipes.base_model import BaseModel, import_transformers, quiet_libraries
 
 WEIGHTS = "model.safetensors"
+# Of a file, so much (or its largest tensor) may be in memory beside the copies while it is read.
+MAPPED_BYTES = 16 << 20
 
 
 def is_quantized_folder(path: str | Path) -> bool:
@@ -164,11 +167,29 @@ def _read_tensors(path: Path) -> dict[str, torch.Tensor]:
     tensors: dict[str, torch.Tensor] = {}
     for file in files:
         try:
-            with safetensors.safe_open(file, framework="pt") as held:
-                # Copies: a model must not change or end with the file it came from.
-                tensors |= {name: held.get_tensor(name).clone() for name in held.keys()}  # noqa: SIM118
+            tensors |= _read_file(file)
         except (OSError, ValueError, safetensors.SafetensorError) as error:
             raise QloraError(f"{file} cannot be read: {error}") from error
+    return tensors
+
+
+def _read_file(file: Path) -> dict[str, torch.Tensor]:
+    """All tensors, as copies: a model must not change or end with the file it came from.
+
+    What was read of a file counts as this process's memory until the file is closed, so it is opened
+    again and again. The largest tensors are read first, while there is least beside them.
+    """
+    with safetensors.safe_open(file, framework="pt") as held:
+        shapes = {name: held.get_slice(name).get_shape() for name in held.keys()}  # noqa: SIM118
+    names = sorted(shapes, key=lambda name: math.prod(shapes[name]))
+    tensors: dict[str, torch.Tensor] = {}
+    while names:
+        mapped = 0
+        with safetensors.safe_open(file, framework="pt") as held:
+            while names and mapped < MAPPED_BYTES:
+                name = names.pop()
+                tensors[name] = held.get_tensor(name).clone()
+                mapped += tensors[name].nbytes
     return tensors
 
 
