@@ -77,14 +77,14 @@ def emulate(
         gpu.dequantize(packed, weight.dtype, device)
     else:
         tokens = tokens or TOKENS[kernel]
-        x = torch.randn(tokens, weight.shape[1]).to(weight.dtype)
+        x = torch.randn(max(tokens, 0), weight.shape[1]).to(weight.dtype)
         launch = gpu._in_registers(x, packed)
         if launch is None or launch.kernel != kernel:
             raise SystemExit(
                 f"a product of {tokens} tokens of {weight.dtype} with rows of {weight.shape[1]} "
                 f"weights in blocks of {block_size} is not one of {kernel}; few_rows_nf4 takes 1 "
-                f"to {gpu.FEW_ROWS} tokens, of 16 bits only 1 and 2, tensor_cores_nf4 3 to "
-                f"{gpu.TENSOR_CORES_ROWS[1]} of 16 bits, both rows of whole blocks"
+                f"to {gpu.FEW_ROWS} tokens, tensor_cores_nf4 3 to {gpu.TENSOR_CORES_ROWS[1]} of 16 "
+                "bits with blocks of 64 or more, before the other, both rows of whole blocks"
             )
         gpu.linear(x, packed, None, device)
     return device.results[0].counters

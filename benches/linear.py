@@ -3,9 +3,10 @@
 Plain layers, and layers with LoRA of rank 16 (the peer is peft over Linear4bit). bitsandbytes has
 two paths on a CPU: the autograd path dequantizes the matrix and multiplies; the eval path, taken in
 eval mode where x wants no gradient and the CPU multiplies bf16, repacks the weight in place and
-computes in bf16 whatever x is. Our layer is timed in both modes. onnxruntime's 4-bit product in f32
-(of other bytes, see `onnx_peer.py`) stands beside plain layers of f32. Answers are checked first.
-What the adapter adds to forward and backward of a layer is measured in turns with the plain layer.
+computes in bf16 whatever x is. Ours and torch's are timed in both modes. onnxruntime's 4-bit
+product in f32 (of other bytes, see `onnx_peer.py`) stands beside plain layers of f32. Answers are
+checked first. What the adapter adds to forward and backward of a layer is measured in turns with
+the plain layer.
 """
 
 from __future__ import annotations
@@ -23,10 +24,13 @@ from benches.onnx_peer import OnnxProduct
 from qlora_rs import PackedWeight
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-COLUMNS = ("ours", "ours eval", "torch dense", "bnb autograd", "bnb eval", "onnxruntime")
+COLUMNS = (
+    "ours", "ours eval", "torch dense", "dense eval", "bnb autograd", "bnb eval", "onnxruntime"
+)  # fmt: skip
 # Each peer against us in the same mode.
 RATIOS = (
     ("torch dense", "ours"),
+    ("dense eval", "ours eval"),
     ("bnb autograd", "ours"),
     ("bnb eval", "ours eval"),
     ("onnxruntime", "ours eval"),

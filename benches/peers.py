@@ -47,6 +47,7 @@ def linear_layers(packed: PackedWeight, dtype: torch.dtype) -> dict[str, nn.Modu
         "ours": ours,
         "ours eval": ours,
         "torch dense": dense,
+        "dense eval": dense,
         "bnb autograd": bitsandbytes_layer(packed, dtype).train(),
         "bnb eval": bitsandbytes_layer(packed, dtype).eval(),
     }
@@ -57,10 +58,9 @@ def lora_layers(packed: PackedWeight, dtype: torch.dtype, r: int) -> dict[str, n
     ours = QLoRALinear(NF4Linear(packed), r=r, alpha=2 * r, dtype=dtype)
     nn.init.normal_(ours.lora_B, std=0.1)
     plain = linear_layers(packed, dtype)
-    theirs = {
-        name: with_peft(plain[name], ours) for name in ("torch dense", "bnb autograd", "bnb eval")
-    }
-    return {"ours": ours, "ours eval": ours, **theirs}
+    names = ("torch dense", "bnb autograd", "bnb eval")
+    theirs = {name: with_peft(plain[name], ours) for name in names}
+    return {"ours": ours, "ours eval": ours, "dense eval": theirs["torch dense"], **theirs}
 
 
 def with_peft(base: nn.Module, ours: QLoRALinear) -> nn.Module:

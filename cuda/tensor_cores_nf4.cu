@@ -8,9 +8,9 @@
 //             sides, and so codes and x go from memory to the tensor cores as they lie, without a shuffle
 //   the end : chunks of rank, 16 ranks each, are added likewise; warps are summed in one order; bias is
 //             added and y rounded, once
-//   bound   : for 64 rows of x and 4096 of W, its x, which every CTA reads from L2
 //
 // A byte of codes is looked up whole: 256 pairs of levels, in 32 copies, one for each lane and bank.
+// Sums of a chunk are finite while x in bfloat16 is below 3.6e36 (in float16 always).
 #include "codebook.cuh"
 #include "floats.cuh"
 
@@ -21,14 +21,15 @@ constexpr int FEATURES = 16 * W_TILES;
 constexpr int ROWS = 8 * X_TILES;
 constexpr int NESTED_BLOCK = 256;
 constexpr int SHARED_WORDS = 256 * 32;
+static_assert(RUN % UNROLL == 0 && 256 % WARPS == 0, "turns of the loop end with runs; warps share the table");
 static_assert(BLOCK_SIZE % CHUNK == 0, "the columns of a chunk have one absmax");
 constexpr int SUMS = ROWS * FEATURES;
-// Of an H100's code these registers suffice, that of others would spill.
+// For an H100's code the registers suffice; others need up to 152 for the largest tile, and would spill.
 constexpr int CTAS_PER_MULTIPROCESSOR = __CUDA_ARCH__ == 900 ? CTAS : 1;
 static_assert(WARPS * SUMS <= SHARED_WORDS, "the sums of all warps fit");
 
-// Levels are rounded to the type of x. Times this, all of bfloat16's 16 come closer than by themselves:
-// 0.09 % off (root mean square) instead of 0.14 %.
+// Levels are rounded to the type of x. In bfloat16, they are together closer when they are multiplied by
+// this: 0.09 % off (root mean square) instead of 0.14 %.
 #if FLOAT == FLOAT_BF16
 constexpr float LEVEL_SCALE = 1.43675f;
 #else
@@ -169,7 +170,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, CTAS_PER_MULTIPROCESSOR
                     const unsigned chunk = w_starts[i][j] / (CHUNK / 16) + min(first + at.quarter, chunks - 1);
                     const unsigned block = chunk / (BLOCK_SIZE / CHUNK);
 #if DOUBLE_QUANT
-                    // Two roundings, as on the CPU.
+                    // Two roundings, as on the CPU; then one that takes back the levels' factor.
                     const float product = __fmul_rn(map[absmax[block]], nested_absmax[block / NESTED_BLOCK]);
                     scales[i][j] = __fmul_rn(__fadd_rn(product, nested_offset[0]), 1.0f / LEVEL_SCALE);
 #else

@@ -310,7 +310,7 @@ def test_a_product_never_holds_more_than_a_chunk(
     st.sampled_from((32, 64, 4096)),
     st.sampled_from(OUTPUTS),
 )
-def test_chunks_are_bounded_and_aligned(
+def test_chunks_are_bounded_aligned_and_of_a_large_matrix_never_all(
     rows: int, columns: int, block_size: int, dtype: torch.dtype
 ) -> None:
     packed = cpu.Packed(*[torch.empty(0)] * 5, rows, columns, block_size)
@@ -319,6 +319,8 @@ def test_chunks_are_bounded_and_aligned(
     assert chunk % least == 0
     size = columns * {torch.float64: 8 + 4}.get(dtype, dtype.itemsize)
     assert min(chunk, rows) * size <= gpu.CHUNK_BYTES or chunk == least
+    if rows * size > gpu.WHOLE_BYTES and rows > least:
+        assert chunk < rows
 
 
 @pytest.mark.parametrize("rows", [3, 9], ids=["few rows", "chunks"])

@@ -299,6 +299,13 @@ MUTANTS = (
         "matrix[first]",
         "out-of-bounds",
     ),
+    tensor_cores("half of the turns of ranks", "first += WARPS * 16", "first += 2 * WARPS * 16"),
+    tensor_cores(
+        "codes past the end are asked for",
+        "following, chunks - 1)",
+        "following, chunks + 64)",
+        "out-of-bounds",
+    ),
     tensor_cores("warps share ranks", "first = end.warp * 16", "first = end.warp * 8"),
     tensor_cores("another row's bias", "widen(bias[feature])", "widen(bias[end.feature])"),
     tensor_cores(
@@ -354,7 +361,8 @@ def checked(kernel: str) -> str | None:
         if kernel == "few_rows_nf4":
             return check_products(device, torch.float32, ((1, 67), (3, 67), (7, 13)))
         if kernel == "tensor_cores_nf4":
-            return check_products(device, torch.float16, ((3, 13), (9, 67), (17, 37), (33, 35)))
+            shapes = ((3, 13), (9, 67), (17, 37), (33, 35))
+            return check_products(device, torch.float16, shapes, rank=300)
         for (weight, block_size), parts in zip(weights(), expected(), strict=True):
             if kernel != "dequantize_nf4":
                 found = gpu.quantize(weight, block_size, True, device)
@@ -397,7 +405,7 @@ def check_rows(packed: Packed, device: EmulatedGPU) -> str | None:
 
 
 def check_products(
-    device: EmulatedGPU, dtype: torch.dtype, shapes: tuple[tuple[int, int], ...]
+    device: EmulatedGPU, dtype: torch.dtype, shapes: tuple[tuple[int, int], ...], rank: int = 40
 ) -> str | None:
     """Single weights, picked by a one in x, to the bit in float32; and whole products."""
     generator = torch.Generator().manual_seed(0)
@@ -414,9 +422,10 @@ def check_products(
             return BYTES
         x, bias, lora_a, lora_b = (
             torch.randn(shape, generator=generator).to(dtype)
-            for shape in ((rows, columns), (features,), (40, columns), (features, 40))
+            for shape in ((rows, columns), (features,), (rank, columns), (features, rank))
         )
-        low_rank = cpu.LowRank(lora_a, lora_b, 1.0)
+        # Not so large a share that a bias does not show beside it.
+        low_rank = cpu.LowRank(lora_a, lora_b, columns**-0.5)
         found, hidden = gpu.lora_linear(x, packed, low_rank, bias, device)
         exact = x.double() @ values.double().t() + hidden.double() @ lora_b.double().t() + bias
         atol = tolerance * float(exact.abs().max())

@@ -17,6 +17,7 @@ import qlora_rs
 from qlora_rs import NF4Linear, QloraError, cli
 from qlora_rs.merging import model as merge_of_models
 from qlora_rs.recipes import merge as recipe
+from qlora_rs.recipes import quantized_folder
 from qlora_rs.recipes.merge import MergeSettings, merge_checkpoint
 from qlora_rs.recipes.merge_store import LayerStore
 from qlora_rs.recipes.quantized_folder import load_quantized_folder
@@ -102,6 +103,36 @@ def test_it_loads_without_a_tokenizer_for_those_who_bring_token_ids(
     )
     with pytest.raises(QloraError, match="could not be loaded"):
         load_quantized_folder(bare, "float32")
+
+
+def test_a_file_read_tensor_by_tensor_gives_the_same_model(
+    merged: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = load_quantized_folder(merged, "float32").model.state_dict()
+    monkeypatch.setattr(quantized_folder, "READ_BYTES", 1)
+    found = load_quantized_folder(merged, "float32").model.state_dict()
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def test_a_file_that_is_replaced_while_it_is_read_is_refused(
+    merged: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, opened = tmp_path / "folder", []
+    shutil.copytree(merged, folder)
+    safe_open = quantized_folder.safetensors.safe_open
+
+    def replacing(file: Path, **options: object) -> object:
+        opened.append(file)
+        if len(opened) == 3:
+            shutil.copy(merged / file.name, folder / "new")
+            (folder / "new").replace(file)
+        return safe_open(file, **options)
+
+    monkeypatch.setattr(quantized_folder, "READ_BYTES", 1)
+    monkeypatch.setattr(quantized_folder.safetensors, "safe_open", replacing)
+    with pytest.raises(QloraError, match="changed or replaced while it was read"):
+        load_quantized_folder(folder, "float32")
 
 
 def test_loading_imports_no_library_that_it_does_not_need(

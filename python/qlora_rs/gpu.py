@@ -25,8 +25,10 @@ from qlora_rs.errors import QloraError
 from qlora_rs.kernels import Launch, Launcher
 
 NESTED_BLOCK = 256
-# Decoded weights that a product holds at any one time. Each chunk is two launches from Python.
+# Decoded weights that a product holds at any one time: at most CHUNK_BYTES, and of a matrix larger
+# than WHOLE_BYTES about half. Each chunk is two launches from Python.
 CHUNK_BYTES = 48 << 20
+WHOLE_BYTES = 16 << 20
 # A chunk has a multiple of so many rows: cuBLAS wants results that begin at a multiple of 16 bytes,
 # and its tiles have 128 rows.
 CHUNK_ROWS = 128
@@ -37,6 +39,8 @@ FEW_ROWS = max(kernels.FEW_ROWS_TILES)
 # The kernels count in 32 bits: features, and columns of so many rows; all elements of a matrix.
 MOST_FEATURES, MOST_COLUMNS = 1 << 31, (1 << 31) // FEW_ROWS
 MOST_ELEMENTS = 1 << 32
+# Ranks are counted so many at a time, perhaps beyond the last.
+TENSOR_CORES_RANKS = 16
 # Sums of mantissas for each exponent of float32, then what was refused: 64 bits each.
 _EXPONENTS = 254
 
@@ -164,7 +168,7 @@ def chunk_rows(packed: Packed, dtype: torch.dtype) -> int:
     # A float64 chunk stands beside the float32 one that it is made of.
     row_bytes = max(packed.in_features, 1) * (12 if dtype == torch.float64 else dtype.itemsize)
     total = packed.out_features * row_bytes
-    chunks = max(-(-total // CHUNK_BYTES), 1)
+    chunks = max(-(-total // CHUNK_BYTES), 2 if total > WHOLE_BYTES else 1)
     step = math.lcm(row_step(packed), CHUNK_ROWS)
     even = -(-packed.out_features // (chunks * step)) * step
     most = CHUNK_BYTES // row_bytes // step * step
@@ -199,7 +203,7 @@ def _in_registers(x: Tensor, packed: Packed, rank: int = 0) -> Launch | None:
         fewest <= rows <= most
         and x.dtype.itemsize == 2
         and packed.block_size % kernels.TENSOR_CORES_COLUMNS == 0
-        and max(rows, features) * max(columns, rank) < MOST_ELEMENTS
+        and max(rows, features) * max(columns, rank + TENSOR_CORES_RANKS) < MOST_ELEMENTS
     ):
         return kernels.tensor_cores_nf4(*sizes)
     if (
@@ -224,9 +228,10 @@ def _one_launch(
     """y = x Wᵀ + hidden lora_bᵀ + bias by a kernel that decodes in registers; `_ready` parts."""
     (rows, columns), features = x.shape, packed.out_features
     y = x.new_empty((rows, features))
+    on_tensor_cores = launch.kernel == "tensor_cores_nf4"
     launcher(
         launch,
-        _aligned(packed.codes, 8),
+        _aligned(packed.codes, 8) if on_tensor_cores else packed.codes,
         *packed[1:5],
         _aligned(x, 16),
         rows,

@@ -33,8 +33,9 @@ TILES = (1 << 13, 1 << 15)
 LARGE_MATRIX = 1 << 24
 # By rows of x per warp: its rows of W, and the steps that it loads ahead. Chosen on an H100.
 FEW_ROWS_TILES = {1: (2, 8), 2: (2, 8), 4: (2, 8), 8: (2, 2)}
-# By rows of x at most: tiles of 16 rows of W and of 8 rows of x that a CTA computes, its warps, the
-# chunks that a warp has in flight, and the CTAs that a multiprocessor holds. Chosen on an H100.
+# By rows of x at most: tiles of 16 rows of W and of 8 rows of x that a CTA computes, its warps,
+# chunks of columns per turn of its loop, and the CTAs that a multiprocessor holds. Chosen on an
+# H100. All have as many warps, so that a row is summed in the same order in each.
 TENSOR_CORES_TILES = {
     8: (1, 1, 8, 1, 4),
     16: (2, 2, 8, 1, 2),

@@ -5,7 +5,8 @@
 //! looks up its level reads them. The weights then come out in another order than they lie in
 //! memory, so the activations are put into that order once, by `prepare_f32`: lane d (32 bits) holds
 //! weights 8d .. 8d+7, and a shift by 4j shows weight 8d + (j ^ 1), for the first weight of a byte sits
-//! in its high nibble. A last step of fewer than 128 weights reads zeros past the row's end; its
+//! in its high nibble. For few tokens, the shifts by whole bytes are loads instead, from one, two and three
+//! bytes on. A last step of fewer than 128 weights reads zeros past the row's end; its
 //! activations are padded with zeros. Products of bf16 as such: `avx512_bf16_linear.rs`.
 
 use super::{FETCH_DISTANCE, PREPARED_MULTIPLE, Strip, avx512_many_tokens, fetch_ahead};
@@ -304,7 +305,7 @@ unsafe fn tile<const R: usize, const M: usize, const TAIL: bool>(
     let steps = strip.columns.div_ceil(PREPARED_MULTIPLE);
     let mut sums = [[_mm512_setzero_ps(); M]; R];
     // Behind the codes of all steps but the last are more of the row's.
-    let followed = if TAIL { 0 } else { steps - 1 };
+    let followed = if TAIL { 0 } else { steps.saturating_sub(1) };
     for step in 0..followed {
         // SAFETY: the caller's lengths, and a step that another follows.
         unsafe { add_step::<R, M, TAIL, true>(x, (&codes_of, &scales_of), levels, step..steps, &mut sums) };
@@ -351,7 +352,7 @@ unsafe fn add_step<const R: usize, const M: usize, const TAIL: bool, const FOLLO
         }
         for r in 0..R {
             if FOLLOWED && nibble > 0 && nibble % 2 == 0 {
-                // SAFETY: the 64 bytes end before those of the step that follows.
+                // SAFETY: up to three of the 64 bytes are the next step's, which has as many.
                 codes[r] = unsafe { _mm512_loadu_si512(codes_of.place(r, step).add(nibble / 2).cast()) };
             }
             let mut weights = _mm512_permutexvar_ps(codes[r], levels);

@@ -32,8 +32,8 @@ from qlora_rs.quantize import PackedWeight
 from qlora_rs.recipes.base_model import BaseModel, import_transformers, quiet_libraries
 
 WEIGHTS = "model.safetensors"
-# Of a file, so much (or its largest tensor) may be in memory beside the copies while it is read.
-MAPPED_BYTES = 16 << 20
+# A file is closed and opened again after so much of it was read, or one larger tensor.
+READ_BYTES = 16 << 20
 
 
 def is_quantized_folder(path: str | Path) -> bool:
@@ -127,9 +127,9 @@ def load_quantized_folder(
     """Load a folder of NF4 weights that we or bitsandbytes wrote, without bitsandbytes.
 
     dtype: of everything that is not packed. with_tokenizer: False leaves it out (None), for those
-    who bring token ids. Memory: the folder's tensors, and as much again of the system's file cache
-    while they are read; the dense model never exists. Raises QloraError when something is missing,
-    damaged or of another kind; nothing is unpickled or downloaded.
+    who bring token ids. Memory: the folder's tensors, and up to 32 MiB of a file (or a larger
+    tensor) while they are read; the dense model never exists. Raises QloraError when something is
+    missing, damaged or of another kind; nothing is unpickled or downloaded.
     """
     path = Path(path).expanduser()
     transformers = import_transformers()
@@ -176,21 +176,30 @@ def _read_tensors(path: Path) -> dict[str, torch.Tensor]:
 def _read_file(file: Path) -> dict[str, torch.Tensor]:
     """All tensors, as copies: a model must not change or end with the file it came from.
 
-    What was read of a file counts as this process's memory until the file is closed, so it is opened
-    again and again. The largest tensors are read first, while there is least beside them.
+    What was read of a file counts as this process's memory until the file is closed, so it is
+    opened again and again. The largest tensors are read first, while there is least beside them.
     """
+    found = _version(file)
     with safetensors.safe_open(file, framework="pt") as held:
         shapes = {name: held.get_slice(name).get_shape() for name in held.keys()}  # noqa: SIM118
     names = sorted(shapes, key=lambda name: math.prod(shapes[name]))
     tensors: dict[str, torch.Tensor] = {}
     while names:
-        mapped = 0
+        read = 0
         with safetensors.safe_open(file, framework="pt") as held:
-            while names and mapped < MAPPED_BYTES:
+            while names and read < READ_BYTES:
                 name = names.pop()
                 tensors[name] = held.get_tensor(name).clone()
-                mapped += tensors[name].nbytes
+                read += tensors[name].nbytes
+    if _version(file) != found:
+        raise OSError("it was changed or replaced while it was read; load it again")
     return tensors
+
+
+def _version(file: Path) -> tuple[int, ...]:
+    """Another one after any change."""
+    state = file.stat()
+    return state.st_dev, state.st_ino, state.st_size, state.st_mtime_ns
 
 
 def _fill(model: Any, tensors: dict[str, torch.Tensor], path: Path) -> None:
