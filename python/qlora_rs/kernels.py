@@ -154,7 +154,7 @@ def tensor_cores_nf4(
     """`cuda/tensor_cores_nf4.cu` for x [rows, in] of 16 bits, 128 rows at most, and W [out, in].
 
     >>> tensor_cores_nf4(100, 4096, torch.bfloat16, 64, True).grid
-    256
+    512
     """
     at_once = next(size for size in TENSOR_CORES_TILES if size >= rows)
     w_tiles, x_tiles, warps, unroll, ctas = TENSOR_CORES_TILES[at_once]
