@@ -165,9 +165,8 @@ def test_what_is_infinite_in_the_last_columns_is_so_in_the_result() -> None:
     x[1, 575] = float("inf")
     exact = x.double() @ cpu.dequantize(packed, torch.float64).t()
     found = product(x, packed).double()
-    assert torch.equal(
-        found[1].nan_to_num(), exact[1].nan_to_num()
-    )  # each as large as a number can be
+    # Each as large as a number can be.
+    assert torch.equal(found[1].nan_to_num(), exact[1].nan_to_num())
     assert bool(found[[0, *range(2, 17)]].isfinite().all())
 
 
