@@ -8,23 +8,18 @@ from __future__ import annotations
 import pytest
 import torch
 from emulated_gpu import SCHEDULES, EmulatedGPU
+from gpu_products import assert_product, packed_of, random_factors
 from hypothesis import given
 from hypothesis import strategies as st
 from same_bytes import assert_same_bytes
 from strategies import FLOATS
 from torch import Tensor
 
-import qlora_rs
-from qlora_rs import cpu, gpu
-from qlora_rs.cpu import LowRank, Packed
+from qlora_rs import gpu
+from qlora_rs.cpu import LowRank
 
-# Of the largest result; x, bias and factors are exact in all of these types.
-TOLERANCE = {torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
-
-
-def packed_of(features: int, columns: int, block_size: int = 64, double: bool = True) -> Packed:
-    weight = torch.randn(features, columns)
-    return Packed(*qlora_rs.quantize(weight, block_size, double).arguments())
+# x, weights, factors and sums are float32 whatever x is: what it may be off by, of all terms.
+OF_TERMS = 2.0**-23
 
 
 @given(
@@ -53,19 +48,9 @@ def test_products_are_those_of_float64(
     packed = packed_of(features, columns, block_size, double_quant)
     x, bias = torch.randn(rows, columns).to(dtype), torch.randn(features).to(dtype)
     device = EmulatedGPU()
-    exact = x.double() @ cpu.dequantize(packed, torch.float64).t()
-    if with_bias:
-        exact += bias.double()
-    if rank:
-        low_rank = LowRank(torch.randn(rank, columns), torch.randn(features, rank), 0.25)
-        found, hidden = gpu.lora_linear(x, packed, low_rank, bias if with_bias else None, device)
-        exact += hidden.double() @ low_rank.lora_b.to(dtype).double().t()
-    else:
-        found = gpu.linear(x, packed, bias if with_bias else None, device)
+    low_rank = random_factors(packed, rank)
+    assert_product(device, x, packed, low_rank, bias if with_bias else None, OF_TERMS)
     assert device.kernels == ["few_rows_nf4"]
-    assert (found.shape, found.dtype) == ((rows, features), dtype)
-    largest = float(exact.abs().max())
-    assert float((found.double() - exact).abs().max()) <= TOLERANCE[dtype] * largest
 
 
 def test_no_order_of_warps_lanes_and_blocks_shows() -> None:
