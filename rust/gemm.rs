@@ -12,6 +12,7 @@
 //! summed dimension, so LoRA needs no second pass over y. Panels are made of tiles, see `tile.rs`. For 16-bit
 //! activations on CPUs that multiply words faster than floats, the same in fixed point: `pairs.rs`.
 
+mod blocks;
 pub mod dense;
 pub mod factors;
 mod hidden;
@@ -27,13 +28,11 @@ use crate::packed_matrix::PackedMatrix;
 use crate::parallel::{self, Columns};
 use crate::quantize::check_length;
 use crate::simd::Kernels;
+use blocks::BLOCK_OUTPUTS;
 use pack::Packing;
 use scales::DecodedScales;
 use std::ops::Range;
 use tile::{BLOCK_STEPS, Block, MOST_STEPS, PANEL, Packable, Tile};
-
-/// Outputs of a block of decoded weights, at most.
-const BLOCK_OUTPUTS: usize = 288;
 
 /// Packed activations may take this much per thread.
 const BYTES_PER_THREAD: usize = (4 << 20) + (1 << 18);
@@ -252,10 +251,10 @@ impl<'a, T: Element> Product<'a, T> {
         advise_huge_pages(out);
         let (outputs, count) = (self.outputs(), tokens.len());
         let spans = Span::cut::<C>(self.depth(), self.rank());
-        let ranges = scales::ranges(self, threads);
+        let unit = blocks::unit(outputs, self.direction, threads);
+        let ranges = scales::ranges(self, unit, threads);
         let mut activations = Packing::<C>::new(&spans, count);
-        let width = |range: &Range<usize>| block_width(range.len(), threads);
-        let mut scales = DecodedScales::new(self, ranges[0].clone(), width(&ranges[0]));
+        let mut scales = DecodedScales::new(self, ranges[0].clone(), unit);
         // One region for both: entering a team of threads costs as much as a small layer's packing.
         let mut tasks = activations.tasks(false);
         tasks.extend(scales.tasks());
@@ -274,12 +273,10 @@ impl<'a, T: Element> Product<'a, T> {
         let columns = Columns::new(out, outputs);
         for (i, range) in ranges.into_iter().enumerate() {
             if i > 0 {
-                scales = DecodedScales::new(self, range.clone(), width(&range));
+                scales = DecodedScales::new(self, range.clone(), unit);
                 parallel::for_each(scales.tasks(), threads, |task| self.prepare::<C>(kernels, 0, task));
             }
-            let width = width(&range);
-            parallel::for_each(range.clone().step_by(width), threads, |start| {
-                let block = start..range.end.min(start + width);
+            parallel::for_each(blocks::blocks(range, unit, threads), threads, |block| {
                 let mut out = columns.take(block.clone());
                 self.write_block::<C>(kernels, &activations, &scales, block, count, &mut out);
             });
@@ -387,12 +384,6 @@ impl<'a, T: Element> Product<'a, T> {
             }
         }
     }
-}
-
-/// Outputs of a block, such that every thread gets the same number of blocks of nearly one size.
-fn block_width(outputs: usize, threads: usize) -> usize {
-    let rounds = outputs.div_ceil(BLOCK_OUTPUTS * threads).max(1);
-    outputs.div_ceil(rounds * threads).next_multiple_of(PANEL).clamp(PANEL, BLOCK_OUTPUTS)
 }
 
 #[cfg(test)]

@@ -8,8 +8,9 @@
 //! (LoRA, arXiv 2106.09685, differentiated by hand.) Neither operand is copied or transposed as a
 //! whole: a block of columns of the right one is packed at a time.
 
+use super::Direction;
+use super::blocks::{self, BLOCK_OUTPUTS};
 use super::tile::{BLOCK_STEPS, Block, PANEL, Packable, SIDE, Tile};
-use super::{BLOCK_OUTPUTS, Direction, block_width};
 use crate::element::Element;
 use crate::error::Error;
 use crate::memory::Scratch;
@@ -74,8 +75,7 @@ impl<T: Element> FactorGradient<'_, T> {
 
     /// Blocks of the right operand's columns.
     fn blocks(&self, threads: usize) -> impl Iterator<Item = Range<usize>> {
-        let (width, step) = (self.width, block_width(self.width, threads));
-        (0..width).step_by(step).map(move |start| start..width.min(start + step))
+        blocks::blocks(0..self.width, PANEL, threads)
     }
 
     /// The gradient for a block of columns of the right operand.

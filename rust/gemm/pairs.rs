@@ -13,7 +13,7 @@ pub mod panel;
 
 use super::scales::{self, DecodedScales};
 use super::tile::{BLOCK_STEPS, PANEL, SIDE, Tile};
-use super::{BYTES_PER_THREAD, Direction, MOST_TOKENS, Product, block_width};
+use super::{BYTES_PER_THREAD, Direction, MOST_TOKENS, Product, blocks};
 use crate::element::Element;
 use crate::error::Error;
 use crate::memory::{Scratch, advise_huge_pages};
@@ -112,9 +112,9 @@ impl<T: Element> Product<'_, T> {
         let panels = self.tokens.div_ceil(PANEL);
         let mut activations = Packed::new(cut(self.depth()), panels);
         let mut states = vec![RowState::Once; panels * PANEL];
-        let ranges = scales::ranges(self, threads);
-        let width = |range: &Range<usize>| block_width(range.len(), threads);
-        let mut scales = DecodedScales::new(self, ranges[0].clone(), width(&ranges[0]));
+        let unit = blocks::unit(self.outputs(), self.direction, threads);
+        let ranges = scales::ranges(self, unit, threads);
+        let mut scales = DecodedScales::new(self, ranges[0].clone(), unit);
         let uneven = AtomicBool::new(false);
         let mut tasks: Vec<_> = scales.tasks().into_iter().map(Task::Scales).collect();
         tasks.extend(activations.tasks(&mut states));
@@ -148,16 +148,14 @@ impl<T: Element> Product<'_, T> {
             let columns = Columns::new(&mut *out, self.outputs());
             for (i, range) in ranges.into_iter().enumerate() {
                 if i > 0 {
-                    scales = DecodedScales::new(self, range.clone(), width(&range));
+                    scales = DecodedScales::new(self, range.clone(), unit);
                     let tasks: Vec<_> = scales.tasks().into_iter().map(Task::Scales).collect();
                     parallel::for_each(tasks, threads, |task| self.do_task(kernels, pairs, task, &uneven));
                 }
                 if uneven.load(Ordering::Relaxed) {
                     return Ok(false);
                 }
-                let width = width(&range);
-                parallel::for_each(range.clone().step_by(width), threads, |start| {
-                    let block = start..range.end.min(start + width);
+                parallel::for_each(blocks::blocks(range, unit, threads), threads, |block| {
                     let mut out = columns.take(block.clone());
                     self.write_pair_block(kernels, pairs, &pass, &scales, block, &mut out);
                 });

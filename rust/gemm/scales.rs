@@ -1,8 +1,9 @@
 //! The decoded absmax of a range of outputs: what one level of scales needs while blocks are decoded.
 
+use super::blocks::{self, BLOCK_OUTPUTS};
 use super::pack::Task;
 use super::tile::SIDE;
-use super::{BLOCK_OUTPUTS, Direction, Product};
+use super::{Direction, Product};
 use crate::element::Element;
 use crate::memory::Scratch;
 use crate::simd::Kernels;
@@ -23,27 +24,33 @@ pub(super) struct DecodedScales {
     columns: Range<usize>,
 }
 
-/// Cut a product's outputs such that the scales of each range fit the budget.
-pub(super) fn ranges<T: Element>(product: &Product<'_, T>, threads: usize) -> Vec<Range<usize>> {
+/// Cut a product's outputs, between units, such that the scales of each range fit the budget.
+pub(super) fn ranges<T: Element>(product: &Product<'_, T>, unit: usize, threads: usize) -> Vec<Range<usize>> {
     let outputs = product.outputs();
-    let bytes_per_output = (product.depth() * size_of::<f32>()).div_ceil(32);
-    let longest =
-        (BYTES_PER_THREAD * threads / bytes_per_output.max(1) / BLOCK_OUTPUTS).max(1) * BLOCK_OUTPUTS;
+    let bytes_per_output = (product.depth() * size_of::<f32>()).div_ceil(piece(product, unit, outputs));
+    let most = (BYTES_PER_THREAD * threads / bytes_per_output.max(1)).max(BLOCK_OUTPUTS);
     // One at least: without outputs, too, there may be hidden activations to compute.
-    (0..outputs.max(1)).step_by(longest).map(|start| start..outputs.min(start + longest)).collect()
+    blocks::ranges(outputs.max(1), unit, most).map(|range| range.start..range.end.min(outputs)).collect()
+}
+
+/// Weights per entry, where ranges and blocks start between units and the last ones end at `end`.
+fn piece<T: Element>(product: &Product<'_, T>, unit: usize, end: usize) -> usize {
+    let cuts = match product.direction {
+        Direction::Forward => product.matrix.columns(),
+        Direction::Backward => unit | end,
+    };
+    if product.matrix.block_size() >= 64 && cuts.is_multiple_of(64) { 64 } else { 32 }
 }
 
 impl DecodedScales {
-    /// Room for the scales of some outputs that are computed in blocks of `width`; none where rows do
-    /// not start at block boundaries, since such weights are decoded elsewhere.
-    pub(super) fn new<T: Element>(product: &Product<'_, T>, outputs: Range<usize>, width: usize) -> Self {
-        let matrix = &product.matrix;
-        let (rows, columns, cut) = match product.direction {
-            Direction::Forward => (outputs, 0..matrix.columns(), 0),
-            Direction::Backward => (0..matrix.rows(), outputs, width),
+    /// Room for the scales of one of the product's ranges of outputs, whose blocks are cut between units; none
+    /// where rows do not start at block boundaries, since such weights are decoded elsewhere.
+    pub(super) fn new<T: Element>(product: &Product<'_, T>, outputs: Range<usize>, unit: usize) -> Self {
+        let (matrix, piece) = (&product.matrix, piece(product, unit, outputs.end));
+        let (rows, columns) = match product.direction {
+            Direction::Forward => (outputs, 0..matrix.columns()),
+            Direction::Backward => (0..matrix.rows(), outputs),
         };
-        let cuts = columns.start | columns.end | cut;
-        let piece = if matrix.block_size() >= 64 && cuts.is_multiple_of(64) { 64 } else { 32 };
         let usable = matrix.rows_are_aligned() && (columns.start | columns.end).is_multiple_of(piece);
         let rows = if usable { rows } else { 0..0 };
         let count = rows.len() * (columns.len() / piece);

@@ -9,42 +9,39 @@ use crate::gemm::tile::{Block, Group, PANEL, SIDE, Tile};
 use half::bf16;
 use std::arch::x86_64::*;
 
+/// Of the activations that the next block reads, the cache lines that a step brings to the second-level cache.
+const LINES_PER_STEP: usize = 2;
+
 macro_rules! define_multiply {
     ($name:ident, $features:literal, $group:ident, $piece:ident, $multiply_add:expr) => {
         #[target_feature(enable = $features)]
         pub(super) fn $name(block: &Block<'_>, sums: &mut [Tile]) {
-            let mut next = block.next.as_ptr().cast::<i8>();
-            block.for_each_group(sums, |mut group| {
-                // The next block's activations, a little with each group, to the second-level cache.
-                for _ in 0..2 * (group.right[0].len() + group.right[1].len()) {
-                    _mm_prefetch::<_MM_HINT_T1>(next);
-                    next = next.wrapping_add(64);
-                }
-                match group.columns.div_ceil(SIDE) {
-                    1 => $group::<8, 8, 1>(&mut group, block.start),
-                    2 => $group::<8, 8, 2>(&mut group, block.start),
-                    3 => $group::<8, 8, 3>(&mut group, block.start),
-                    _ => $group::<6, 4, 4>(&mut group, block.start),
-                }
+            let mut next = block.next.iter().flat_map(|tile| &tile.0);
+            block.for_each_group(sums, |mut group| match group.columns.div_ceil(SIDE) {
+                1 => $group::<8, 8, 1>(&mut group, block.start, &mut next),
+                2 => $group::<8, 8, 2>(&mut group, block.start, &mut next),
+                3 => $group::<8, 8, 3>(&mut group, block.start, &mut next),
+                _ => $group::<6, 4, 4>(&mut group, block.start, &mut next),
             });
         }
 
         /// Pieces of `MOST` rows, in each tile's last rows of `FEWEST`, by `VECTORS` times 16 columns.
         #[inline]
         #[target_feature(enable = $features)]
-        fn $group<const MOST: usize, const FEWEST: usize, const VECTORS: usize>(
+        fn $group<'a, const MOST: usize, const FEWEST: usize, const VECTORS: usize>(
             group: &mut Group<'_>,
             start: bool,
+            next: &mut impl Iterator<Item = &'a [u32; SIDE]>,
         ) {
             let mut first = 0;
             while first < group.rows {
                 // Rows left in this tile.
                 let rest = SIDE - first % SIDE;
                 if rest >= MOST {
-                    $piece::<MOST, VECTORS>(group, first, start);
+                    $piece::<MOST, VECTORS>(group, first, start, next);
                     first += MOST;
                 } else {
-                    $piece::<FEWEST, VECTORS>(group, first, start);
+                    $piece::<FEWEST, VECTORS>(group, first, start, next);
                     first += FEWEST;
                 }
             }
@@ -52,7 +49,12 @@ macro_rules! define_multiply {
 
         #[inline]
         #[target_feature(enable = $features)]
-        fn $piece<const ROWS: usize, const VECTORS: usize>(group: &mut Group<'_>, first: usize, start: bool) {
+        fn $piece<'a, const ROWS: usize, const VECTORS: usize>(
+            group: &mut Group<'_>,
+            first: usize,
+            start: bool,
+            next: &mut impl Iterator<Item = &'a [u32; SIDE]>,
+        ) {
             let (left_half, first) = (first / SIDE, first % SIDE);
             let mut registers = [[_mm512_setzero_ps(); VECTORS]; ROWS];
             let near = group.right[0].as_chunks::<2>().0;
@@ -60,6 +62,10 @@ macro_rules! define_multiply {
             let far = group.right[if VECTORS > 2 { 1 } else { 0 }].as_chunks::<2>().0;
             let left = group.left.as_chunks::<2>().0;
             for ((left, near), far) in left.iter().zip(near).zip(far) {
+                // A few lines with each step: more at once would keep this step's own reads waiting.
+                for line in next.by_ref().take(LINES_PER_STEP) {
+                    _mm_prefetch::<_MM_HINT_T1>(line.as_ptr().cast());
+                }
                 let Some(rows) = left[left_half].0[first..].first_chunk::<ROWS>() else { return };
                 for word in 0..SIDE {
                     let mut columns = [_mm512_setzero_ps(); VECTORS];
