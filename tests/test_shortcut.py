@@ -251,6 +251,14 @@ def test_no_answer_where_the_usual_way_is_needed() -> None:
         assert refused(which=elsewhere)
 
 
+def test_a_tensor_that_outlived_a_transform_is_what_it_was() -> None:
+    made, x, kept = layer(), torch.randn(2, 128), []
+    torch.func.grad(lambda inside: (kept.append(inside), inside.sum())[1])(x)
+    assert torch.equal(made(kept[0]), made(x))
+    with torch.no_grad():
+        assert torch.equal(made(kept[0]), made(x))
+
+
 def test_an_adapter_that_does_not_fit_is_left_to_the_usual_way_which_refuses() -> None:
     # As many numbers as a fitting one, lying otherwise.
     made = layer()

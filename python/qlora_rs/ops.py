@@ -10,6 +10,7 @@ Autograd is attached in `autograd.py`; the public functions with PackedWeight ar
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -321,6 +322,15 @@ _function_modes = torch._C._len_torch_function_stack
 _tracing = torch._C._get_tracing_state
 # Of torch.autograd.grad(..., is_grads_batched=True), which is no functional transform.
 _batched = torch._C._functorch.is_legacy_batchedtensor
+_PLAIN, _STRIDED = (Tensor, torch.nn.Parameter), torch.strided
+
+
+def direct_apply(function: type[torch.autograd.Function]) -> Callable[..., Any]:
+    """`function.apply`, less what it asks about functional transforms first: `runs_directly` has.
+
+    The function must be one without `setup_context`.
+    """
+    return super(torch.autograd.Function, function).apply  # type: ignore[misc]
 
 
 def runs_directly(x: Tensor) -> bool:
@@ -332,9 +342,9 @@ def runs_directly(x: Tensor) -> bool:
     """
     return (
         not _compiling()
-        and type(x) in (Tensor, torch.nn.Parameter)
+        and type(x) in _PLAIN
         and (x.is_cpu or x.is_cuda)
-        and x.layout is torch.strided
+        and x.layout is _STRIDED
         and not x.is_neg()
         and not _transformed()
         and _dispatch_modes() == 0
