@@ -195,6 +195,19 @@ pub struct Run<'a> {
     pub block_size: usize,
 }
 
+impl<'a> Run<'a> {
+    /// The codes that share an absmax, 16 bytes at a time, and the absmax. Cut without a division: a run is
+    /// decoded in little more time than one takes.
+    #[inline]
+    pub fn pieces(&self) -> impl Iterator<Item = (&'a [[u8; 16]], f32)> {
+        let (groups, shift) = (self.codes.as_chunks::<16>().0, self.block_size / 64);
+        self.absmax
+            .iter()
+            .enumerate()
+            .map(move |(i, absmax)| (&groups[i << shift..(i + 1) << shift], *absmax))
+    }
+}
+
 /// One run → row `row` of a left panel.
 pub type DecodeLeft = fn(run: &Run<'_>, row: usize, panel: &mut [Tile]);
 

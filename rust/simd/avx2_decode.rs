@@ -129,9 +129,9 @@ pub(super) fn right_f32(runs: &[Run<'_>], word: usize, steps: usize, tiles: &mut
 #[target_feature(enable = "avx2")]
 fn decode_steps(run: &Run<'_>, mut put: impl FnMut([__m256; 2])) {
     let decoder = Decoder::new();
-    for (codes, &absmax) in run.codes.chunks_exact(run.block_size / 2).zip(run.absmax) {
+    for (codes, absmax) in run.pieces() {
         let absmax = _mm256_set1_ps(absmax);
-        for codes in codes.as_chunks::<16>().0 {
+        for codes in codes {
             let [a, b, c, d] = decoder.decode(codes, absmax);
             put([a, b]);
             put([c, d]);

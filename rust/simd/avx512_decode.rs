@@ -93,9 +93,9 @@ fn decode_f32(bytes: __m512i, spread: __m512i, table: __m512) -> __m512 {
 pub(super) fn left_bf16(run: &Run<'_>, row: usize, tiles: &mut [Tile]) {
     let (half, row, levels, spread) = (row / SIDE, row % SIDE, levels(), load(&SPREAD_WORDS));
     let mut steps = tiles.as_chunks_mut::<2>().0.iter_mut();
-    for (codes, &absmax) in run.codes.chunks_exact(run.block_size / 2).zip(run.absmax) {
+    for (codes, absmax) in run.pieces() {
         let table = bf16_tables(levels, absmax, absmax);
-        for (codes, tiles) in codes.as_chunks::<16>().0.iter().zip(&mut steps) {
+        for (codes, tiles) in codes.iter().zip(&mut steps) {
             let weights = decode_words(codes, spread, table);
             // SAFETY: a tile's row is 64 bytes.
             unsafe { _mm512_store_si512(tiles[half].0[row].as_mut_ptr().cast(), weights) };
@@ -109,9 +109,9 @@ pub(super) fn left_f32(run: &Run<'_>, row: usize, tiles: &mut [Tile]) {
     let (half, row, levels, spread) =
         (row / SIDE, row % SIDE, levels(), SPREAD_F32.each_ref().map(|s| load(s)));
     let mut steps = tiles.as_chunks_mut::<4>().0.iter_mut();
-    for (codes, &absmax) in run.codes.chunks_exact(run.block_size / 2).zip(run.absmax) {
+    for (codes, absmax) in run.pieces() {
         let table = _mm512_mul_ps(levels, _mm512_set1_ps(absmax));
-        for (codes, tiles) in codes.as_chunks::<16>().0.iter().zip(&mut steps) {
+        for (codes, tiles) in codes.iter().zip(&mut steps) {
             // SAFETY: the array holds the 16 bytes that are read.
             let bytes = _mm512_broadcast_i32x4(unsafe { _mm_loadu_si128(codes.as_ptr().cast()) });
             for (i, spread) in spread.iter().enumerate() {
@@ -144,13 +144,9 @@ pub(super) fn right_pairs(
 ) {
     let (step, row) = (word / SIDE * 2, word % SIDE);
     let mut panels = panels.chunks_exact_mut(panel_tiles);
-    let bytes = even.block_size / 2;
-    let blocks = even.codes.chunks_exact(bytes).zip(even.absmax);
-    for ((codes, absmax), (odd_codes, odd_absmax)) in
-        blocks.zip(odd.codes.chunks_exact(bytes).zip(odd.absmax))
-    {
-        let table = tables(*absmax, *odd_absmax);
-        let pairs = codes.as_chunks::<16>().0.iter().zip(odd_codes.as_chunks::<16>().0);
+    for ((codes, absmax), (odd_codes, odd_absmax)) in even.pieces().zip(odd.pieces()) {
+        let table = tables(absmax, odd_absmax);
+        let pairs = codes.iter().zip(odd_codes);
         for ((codes, odd_codes), panel) in pairs.zip(&mut panels) {
             for (half, index) in pair_indices(codes, odd_codes).into_iter().enumerate() {
                 let weights = _mm512_permutexvar_epi16(index, table);
@@ -189,9 +185,9 @@ pub(super) fn right_f32(runs: &[Run<'_>], word: usize, steps: usize, tiles: &mut
     let (levels, spread) = (levels(), SPREAD_F32.each_ref().map(|s| load(s)));
     let (step, row) = (word / SIDE * 2, word % SIDE);
     let mut panels = tiles.chunks_exact_mut(steps * 2);
-    for (codes, &absmax) in run.codes.chunks_exact(run.block_size / 2).zip(run.absmax) {
+    for (codes, absmax) in run.pieces() {
         let table = _mm512_mul_ps(levels, _mm512_set1_ps(absmax));
-        for (codes, panel) in codes.as_chunks::<16>().0.iter().zip(&mut panels) {
+        for (codes, panel) in codes.iter().zip(&mut panels) {
             // SAFETY: the array holds the 16 bytes that are read.
             let bytes = _mm512_broadcast_i32x4(unsafe { _mm_loadu_si128(codes.as_ptr().cast()) });
             for (half, spread) in spread.iter().enumerate() {
