@@ -251,7 +251,7 @@ impl<'a, T: Element> Product<'a, T> {
         advise_huge_pages(out);
         let (outputs, count) = (self.outputs(), tokens.len());
         let spans = Span::cut::<C>(self.depth(), self.rank());
-        let unit = blocks::unit(outputs, self.direction, threads);
+        let unit = scales::unit(self, threads);
         let ranges = scales::ranges(self, unit, threads);
         let mut activations = Packing::<C>::new(&spans, count);
         let mut scales = DecodedScales::new(self, ranges[0].clone(), unit);

@@ -200,6 +200,7 @@ impl<'a> Run<'a> {
     /// decoded in little more time than one takes.
     #[inline]
     pub fn pieces(&self) -> impl Iterator<Item = (&'a [[u8; 16]], f32)> {
+        debug_assert!(self.block_size == 32 || self.block_size == 64, "blocks of {}", self.block_size);
         let (groups, shift) = (self.codes.as_chunks::<16>().0, self.block_size / 64);
         self.absmax
             .iter()

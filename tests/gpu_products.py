@@ -36,8 +36,8 @@ def assert_product(
 ) -> None:
     """y = x W^T + hidden B^T + bias, as float64 has it.
 
-    Each result may be off by its own rounding and by `of_terms` of the sum of its terms' sizes:
-    where terms cancel, a result is small but no more exact.
+    Each result may be off by its own rounding and by `of_terms` of the root of its terms' squares:
+    where terms cancel, a result is small but no more exact, and roundings are some up, some down.
     """
     weight = cpu.dequantize(packed, torch.float64).t()
     terms = [(x.double(), weight)]
@@ -50,7 +50,7 @@ def assert_product(
     if bias is not None:
         terms.append((torch.ones(x.shape[0], 1).double(), bias.double().unsqueeze(0)))
     exact = sum(left @ right for left, right in terms)
-    sizes = sum(left.abs() @ right.abs() for left, right in terms)
-    allowed = ROUNDED[x.dtype] * exact.abs() + of_terms * sizes
+    squares = sum(left.square() @ right.square() for left, right in terms)
+    allowed = ROUNDED[x.dtype] * exact.abs() + of_terms * squares.sqrt()
     worst = float(((y.double() - exact).abs() / allowed).max())
     assert worst <= 1, f"a result is off by {worst:.3g} times what is allowed"

@@ -251,12 +251,31 @@ def test_no_answer_where_the_usual_way_is_needed() -> None:
         assert refused(which=elsewhere)
 
 
-def test_a_tensor_that_outlived_a_transform_is_what_it_was() -> None:
-    made, x, kept = layer(), torch.randn(2, 128), []
+@pytest.mark.parametrize("rows", [1, 2])
+@pytest.mark.parametrize("adapted", [True, False])
+def test_a_tensor_that_outlived_a_transform_is_what_it_was(rows: int, adapted: bool) -> None:
+    made, kept = layer(), []
+    made = made if adapted else made.without_adapter()
+    x = torch.randn(2, 128)[:rows].requires_grad_()
     torch.func.grad(lambda inside: (kept.append(inside), inside.sum())[1])(x)
-    assert torch.equal(made(kept[0]), made(x))
+    outlived = kept[0]
     with torch.no_grad():
-        assert torch.equal(made(kept[0]), made(x))
+        assert torch.equal(made(outlived), made(x))
+    results = []
+    for given in (outlived, x):
+        y = made(given)
+        results.append((y, *torch.autograd.grad(y.square().sum(), x)))
+    assert all(torch.equal(ours, expected) for ours, expected in zip(*results, strict=True))
+
+
+def test_factors_that_outlived_a_transform_are_what_they_were() -> None:
+    made, x, kept = layer(), torch.randn(2, 128), []
+    torch.func.grad(lambda inside: (kept.append(inside), inside.sum())[1])(made.lora_A)
+    swapped = {"lora_A": kept[0]}
+    y = torch.func.functional_call(made, swapped, (x,))
+    (expected,) = torch.autograd.grad(made(x).square().sum(), made.lora_A)
+    (found,) = torch.autograd.grad(y.square().sum(), made.lora_A)
+    assert torch.equal(found, expected)
 
 
 def test_an_adapter_that_does_not_fit_is_left_to_the_usual_way_which_refuses() -> None:

@@ -322,13 +322,15 @@ _function_modes = torch._C._len_torch_function_stack
 _tracing = torch._C._get_tracing_state
 # Of torch.autograd.grad(..., is_grads_batched=True), which is no functional transform.
 _batched = torch._C._functorch.is_legacy_batchedtensor
+# Of a functional transform, also one that has ended.
+wrapped = torch._C._functorch.is_functorch_wrapped_tensor
 _PLAIN, _STRIDED = (Tensor, torch.nn.Parameter), torch.strided
 
 
 def direct_apply(function: type[torch.autograd.Function]) -> Callable[..., Any]:
-    """`function.apply`, less what it asks about functional transforms first: `runs_directly` has.
-
-    The function must be one without `setup_context`.
+    """`function.apply` for a function without `setup_context`, less what it does first: it asks
+    whether a functional transform is active, as `runs_directly` does, and takes tensors out of the
+    wrappers of transforms that have ended, which operands must not be (`wrapped`).
     """
     return super(torch.autograd.Function, function).apply  # type: ignore[misc]
 
@@ -352,4 +354,5 @@ def runs_directly(x: Tensor) -> bool:
         and _tracing() is None
         and forward_ad._current_level < 0
         and not _batched(x)
+        and not wrapped(x)
     )

@@ -163,6 +163,8 @@ def _factors(layer: Any) -> tuple[Tensor, Tensor]:
         or lora_b.shape != (layer.out_features, rank)
         or lora_a.is_neg()
         or lora_b.is_neg()
+        or ops.wrapped(lora_a)
+        or ops.wrapped(lora_b)
     ):
         raise QloraError(f"lora_A {list(lora_a.shape)} and lora_B {list(lora_b.shape)} do not fit")
     return lora_a, lora_b

@@ -12,11 +12,13 @@ pub(super) const BLOCK_OUTPUTS: usize = 288;
 pub(super) trait Parts: ExactSizeIterator<Item = Range<usize>> + Send {}
 impl<I: ExactSizeIterator<Item = Range<usize>> + Send> Parts for I {}
 
-/// Outputs between which nothing is cut: a panel; two where weights are the right operand, of which the
-/// microkernel takes two at a time, unless threads have a block each, which halves of a panel would make uneven.
-pub(super) fn unit(outputs: usize, direction: Direction, threads: usize) -> usize {
-    let pairs = direction == Direction::Backward && outputs > BLOCK_OUTPUTS * threads;
-    if pairs { 2 * PANEL } else { PANEL }
+/// Outputs between which nothing is cut: a panel; two in a backward product, whose scales are then one per 64
+/// weights of a row, unless that would leave threads without work: in ranges of few outputs (`few`), or
+/// where each has a block or two, some of them a pair of panels larger.
+pub(super) fn unit(outputs: usize, direction: Direction, few: bool, threads: usize) -> usize {
+    let pair = 2 * PANEL;
+    let even = outputs > BLOCK_OUTPUTS * threads || outputs.div_ceil(pair).is_multiple_of(threads);
+    if direction == Direction::Backward && even && !few { pair } else { PANEL }
 }
 
 /// Cut into ranges of `most` outputs at most, if that is a unit or more, all of nearly one size.
@@ -32,11 +34,13 @@ pub(super) fn blocks(range: Range<usize>, unit: usize, threads: usize) -> impl P
     cut(range, unit, (rounds * threads).min(units))
 }
 
-/// Cut into `count` parts whose sizes differ by a unit at most; only the last one may end between units.
+/// Cut into `count` parts, larger ones first, whose sizes differ by a unit at most; only the last one may
+/// end between units.
 fn cut(range: Range<usize>, unit: usize, count: usize) -> impl Parts {
     let units = range.len().div_ceil(unit);
+    let (each, more) = (units / count.max(1), units % count.max(1));
     (0..count).map(move |part| {
-        let at = |part: usize| range.end.min(range.start + part * units / count * unit);
+        let at = |part: usize| range.end.min(range.start + (part * each + part.min(more)) * unit);
         at(part)..at(part + 1)
     })
 }
@@ -73,9 +77,10 @@ mod tests {
             threads in 1..20_usize,
             forward in any::<bool>(),
             most in 1..20_000_usize,
+            few in any::<bool>(),
         ) {
             let direction = if forward { Direction::Forward } else { Direction::Backward };
-            let unit = unit(outputs, direction, threads);
+            let unit = unit(outputs, direction, few, threads);
             check(ranges(outputs, unit, most), 0..outputs, unit, most.max(unit))?;
             for range in ranges(outputs, unit, most) {
                 let parts = blocks(range.clone(), unit, threads);

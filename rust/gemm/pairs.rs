@@ -112,7 +112,7 @@ impl<T: Element> Product<'_, T> {
         let panels = self.tokens.div_ceil(PANEL);
         let mut activations = Packed::new(cut(self.depth()), panels);
         let mut states = vec![RowState::Once; panels * PANEL];
-        let unit = blocks::unit(self.outputs(), self.direction, threads);
+        let unit = scales::unit(self, threads);
         let ranges = scales::ranges(self, unit, threads);
         let mut scales = DecodedScales::new(self, ranges[0].clone(), unit);
         let uneven = AtomicBool::new(false);

@@ -9,8 +9,8 @@ use crate::memory::Scratch;
 use crate::simd::Kernels;
 use std::ops::Range;
 
-/// Decoded absmax may take this much per thread.
-const BYTES_PER_THREAD: usize = 1 << 19;
+/// Decoded absmax may take this much per thread. Little in tests, so that small products have several ranges.
+const BYTES_PER_THREAD: usize = if cfg!(test) { 1 << 10 } else { 1 << 19 };
 
 /// Rows of W whose absmax are decoded by one task.
 const TASK_ROWS: usize = 256;
@@ -18,10 +18,17 @@ const TASK_ROWS: usize = 256;
 /// One absmax per piece of a row of W, for the pieces that a range of outputs meets.
 pub(super) struct DecodedScales {
     values: Scratch,
-    /// Weights per entry: 64, or 32 where blocks are or ranges end between multiples of 64.
+    /// Weights per entry: 64, or 32 where blocks of weights are or outputs may be cut at other multiples of 32.
     piece: usize,
     rows: Range<usize>,
     columns: Range<usize>,
+}
+
+/// Outputs between which a product's are not cut.
+pub(super) fn unit<T: Element>(product: &Product<'_, T>, threads: usize) -> usize {
+    // Whether a range has less than 64 outputs for each thread.
+    let few = product.depth() * size_of::<f32>() > BYTES_PER_THREAD;
+    blocks::unit(product.outputs(), product.direction, few, threads)
 }
 
 /// Cut a product's outputs, between units, such that the scales of each range fit the budget.

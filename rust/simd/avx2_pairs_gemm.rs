@@ -199,14 +199,9 @@ pub(super) fn right(runs: &[Run<'_>; 2], word: usize, panel_tiles: usize, panels
     let [even, odd] = runs;
     let (step, row) = (word / SIDE * 2, word % SIDE);
     let mut panels = panels.chunks_exact_mut(panel_tiles);
-    let bytes = even.block_size / 2;
-    let blocks = even.codes.chunks_exact(bytes).zip(even.absmax);
-    for ((codes, absmax), (odd_codes, odd_absmax)) in
-        blocks.zip(odd.codes.chunks_exact(bytes).zip(odd.absmax))
-    {
-        let (table, odd_table) = (Table::of_weights(*absmax), Table::of_weights(*odd_absmax));
-        let pairs = codes.as_chunks::<16>().0.iter().zip(odd_codes.as_chunks::<16>().0);
-        for ((codes, odd_codes), panel) in pairs.zip(&mut panels) {
+    for ((codes, absmax), (odd_codes, odd_absmax)) in even.pieces().zip(odd.pieces()) {
+        let (table, odd_table) = (Table::of_weights(absmax), Table::of_weights(odd_absmax));
+        for ((codes, odd_codes), panel) in codes.iter().zip(odd_codes).zip(&mut panels) {
             let (even, odd) = (table.look_up(codes), odd_table.look_up(odd_codes));
             // Of eight neighbours in either half, pairs of the first four, then of the others.
             let [a, b] = [0, 1].map(|i| {
