@@ -34,8 +34,9 @@ use scales::DecodedScales;
 use std::ops::Range;
 use tile::{BLOCK_STEPS, Block, MOST_STEPS, PANEL, Packable, Tile};
 
-/// Packed activations may take this much per thread.
-const BYTES_PER_THREAD: usize = (4 << 20) + (1 << 18);
+/// Packed activations may take this much per thread: what is left of 8 MiB beside sums, scales and weights, for
+/// each pass over the tokens decodes all weights. Half of 512 tokens of 11,008 values are as much on two threads.
+const BYTES_PER_THREAD: usize = (5 << 20) + (3 << 18);
 
 /// Tokens multiplied at a time: their running sums for a block are half a megabyte of f32.
 const MOST_TOKENS: usize = 512;
@@ -197,7 +198,7 @@ impl<'a, T: Element> Product<'a, T> {
     /// [tokens, rank], computing in `C`.
     ///
     /// Uses about 8 MiB of scratch per thread; more only where one panel of 32 tokens is larger
-    /// than half of that, beyond 34,816 summed values per thread.
+    /// than most of that, beyond 47,104 summed values per thread.
     ///
     /// # Errors
     /// [`Error::Operand`] when an operand has another length than the shapes ask for.
