@@ -37,7 +37,7 @@ PADDED = torch.ones_like(IDS).index_fill_(1, torch.arange(4), 0)
 def taken(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
     """How often each of the two parts was taken."""
     counts = {"rotation": 0, "projections": 0}
-    rotate, apply = rotary._rotate, shortcut._Steps.apply
+    rotate, apply = rotary._rotate, shortcut._apply_steps
 
     def count_rotations(*arguments: object) -> tuple:
         counts["rotation"] += 1
@@ -48,7 +48,7 @@ def taken(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
         return apply(*arguments)
 
     monkeypatch.setattr(rotary, "_rotate", count_rotations)
-    monkeypatch.setattr(shortcut._Steps, "apply", count_projections)
+    monkeypatch.setattr(shortcut, "_apply_steps", count_projections)
     return counts
 
 
