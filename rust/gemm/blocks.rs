@@ -1,8 +1,6 @@
 //! How outputs are cut: into ranges whose scales are at hand together, and these into blocks, each of which
-//! one thread computes.
+//! one thread computes. Neither is cut inside a unit, some panels of outputs (`scales::unit`).
 
-use super::Direction;
-use super::tile::PANEL;
 use std::ops::Range;
 
 /// Outputs of a block of decoded weights, at most.
@@ -11,15 +9,6 @@ pub(super) const BLOCK_OUTPUTS: usize = 288;
 /// Parts that can be handed to threads one by one.
 pub(super) trait Parts: ExactSizeIterator<Item = Range<usize>> + Send {}
 impl<I: ExactSizeIterator<Item = Range<usize>> + Send> Parts for I {}
-
-/// Outputs between which nothing is cut: a panel; two in a backward product, whose scales are then one per 64
-/// weights of a row, unless that would leave threads without work: in ranges of few outputs (`few`), or
-/// where each has a block or two, some of them a pair of panels larger.
-pub(super) fn unit(outputs: usize, direction: Direction, few: bool, threads: usize) -> usize {
-    let pair = 2 * PANEL;
-    let even = outputs > BLOCK_OUTPUTS * threads || outputs.div_ceil(pair).is_multiple_of(threads);
-    if direction == Direction::Backward && even && !few { pair } else { PANEL }
-}
 
 /// Cut into ranges of `most` outputs at most, if that is a unit or more, all of nearly one size.
 pub(super) fn ranges(outputs: usize, unit: usize, most: usize) -> impl Parts {
@@ -47,7 +36,8 @@ fn cut(range: Range<usize>, unit: usize, count: usize) -> impl Parts {
 
 #[cfg(test)]
 mod tests {
-    use super::{BLOCK_OUTPUTS, Direction, blocks, ranges, unit};
+    use super::{BLOCK_OUTPUTS, blocks, ranges};
+    use crate::gemm::tile::PANEL;
     use proptest::prelude::*;
 
     /// Parts follow each other from `range.start` to `range.end`; their units differ by one at most.
@@ -75,12 +65,9 @@ mod tests {
         fn parts_cover_everything_once_and_are_even(
             outputs in 0..20_000_usize,
             threads in 1..20_usize,
-            forward in any::<bool>(),
+            unit in prop_oneof![Just(PANEL), Just(2 * PANEL)],
             most in 1..20_000_usize,
-            few in any::<bool>(),
         ) {
-            let direction = if forward { Direction::Forward } else { Direction::Backward };
-            let unit = unit(outputs, direction, few, threads);
             check(ranges(outputs, unit, most), 0..outputs, unit, most.max(unit))?;
             for range in ranges(outputs, unit, most) {
                 let parts = blocks(range.clone(), unit, threads);

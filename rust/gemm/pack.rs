@@ -41,6 +41,7 @@ pub(super) struct Runs<'a> {
 
 impl<'a> Runs<'a> {
     /// Row `i`; zeros past the last one.
+    // Handed over through memory, each run would wait for what the one before it stored.
     #[inline(always)]
     pub(super) fn of(&self, i: usize) -> Run<'a> {
         let (piece, length, from) = (self.scales.piece, self.length, i * self.stride);

@@ -2,7 +2,7 @@
 
 use super::blocks::{self, BLOCK_OUTPUTS};
 use super::pack::Task;
-use super::tile::SIDE;
+use super::tile::{PANEL, SIDE};
 use super::{Direction, Product};
 use crate::element::Element;
 use crate::memory::Scratch;
@@ -24,11 +24,15 @@ pub(super) struct DecodedScales {
     columns: Range<usize>,
 }
 
-/// Outputs between which a product's are not cut.
+/// How many outputs stay together where a product's are cut: a panel; two in a backward product, for which
+/// one absmax per 64 weights is then enough, unless that would leave threads without work.
 pub(super) fn unit<T: Element>(product: &Product<'_, T>, threads: usize) -> usize {
-    // Whether a range has less than 64 outputs for each thread.
-    let few = product.depth() * size_of::<f32>() > BYTES_PER_THREAD;
-    blocks::unit(product.outputs(), product.direction, few, threads)
+    let (outputs, pair) = (product.outputs(), 2 * PANEL);
+    // Where threads have a block or two each, some of these would be a pair larger.
+    let even = outputs > BLOCK_OUTPUTS * threads || outputs.div_ceil(pair).is_multiple_of(threads);
+    // Deeper ones have less than a pair for each thread in a range.
+    let shallow = product.depth() * size_of::<f32>() <= BYTES_PER_THREAD;
+    if product.direction == Direction::Backward && even && shallow { pair } else { PANEL }
 }
 
 /// Cut a product's outputs, between units, such that the scales of each range fit the budget.
